@@ -1,0 +1,45 @@
+// Every op's schema. Codes are float8_e4m3fn and scales float32; layouts are those of python/eightfold/ops/layouts.py.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(eightfold, m) {
+  // quant: casts alone
+  m.def("quantize(Tensor x, int[] group, bool power_of_two=False) -> (Tensor codes, Tensor scales)");
+  m.def("quantize_both(Tensor x, bool power_of_two=False) -> (Tensor codes, Tensor scales, Tensor col_codes, Tensor col_scales)");
+  m.def("dequantize(Tensor codes, Tensor scales, int[] group, ScalarType dtype) -> Tensor");
+  m.def("requantize(Tensor codes, Tensor scales, bool power_of_two=False) -> (Tensor col_codes, Tensor col_scales)");
+  m.def("transpose_codes(Tensor codes) -> Tensor");
+
+  // quant: casts fused with a norm or an activation
+  m.def("rms_norm(Tensor x, Tensor weight, float eps, bool training) -> (Tensor y, Tensor x_codes, Tensor x_scales, Tensor rstd)");
+  m.def(
+      "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool training) -> (Tensor codes, Tensor scales, Tensor col_codes, "
+      "Tensor col_scales, Tensor x_codes, Tensor x_scales, Tensor rstd)");
+  m.def(
+      "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, bool training) -> (Tensor sum, Tensor codes, "
+      "Tensor scales, Tensor col_codes, Tensor col_scales, Tensor x_codes, Tensor x_scales, Tensor rstd)");
+  m.def(
+      "rms_norm_backward(Tensor dy, Tensor x, Tensor? x_scales, Tensor rstd, Tensor weight, Tensor? residual_grad) -> (Tensor dx, "
+      "Tensor dweight)");
+  m.def(
+      "swiglu_quantize(Tensor gate, Tensor up, bool training) -> (Tensor codes, Tensor scales, Tensor gate_codes, Tensor "
+      "gate_scales, Tensor up_codes, Tensor up_scales)");
+  m.def(
+      "swiglu_backward_quantize(Tensor dh, Tensor gate_codes, Tensor gate_scales, Tensor up_codes, Tensor up_scales) -> (Tensor "
+      "dgate_codes, Tensor dgate_scales, Tensor dgate_col_codes, Tensor dgate_col_scales, Tensor dup_codes, Tensor dup_scales, "
+      "Tensor dup_col_codes, Tensor dup_col_scales, Tensor h_col_codes, Tensor h_col_scales)");
+
+  // gemm: a @ b^T
+  m.def(
+      "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows, Tensor? bias, ScalarType out_dtype) -> "
+      "Tensor");
+  m.def("fp8_gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows) -> ()");
+
+  // optim: 8-bit states with dynamic range expansion
+  m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");
+  m.def("dre_dequantize(Tensor codes, Tensor maxima, Tensor exponents, int row_length) -> Tensor");
+  m.def(
+      "adamw_dre_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] m_codes, Tensor(d!)[] m_maxima, "
+      "Tensor(e!)[] m_exponents, Tensor(f!)[] v_codes, Tensor(g!)[] v_maxima, Tensor(h!)[] v_exponents, int[] row_lengths, int[] "
+      "offsets, Tensor lr, Tensor step, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, bool "
+      "stochastic_states, int seed) -> ()");
+}

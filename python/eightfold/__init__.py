@@ -1,0 +1,1 @@
+"""eightfold: FP8 and efficient-generation kernels for torch."""

@@ -1,0 +1,1 @@
+"""Public functions over torch.ops.eightfold.*, one module a family."""

@@ -1,0 +1,14 @@
+"""Loads libeightfold.so: after this import, torch.ops.eightfold.* exists."""
+
+from pathlib import Path
+
+import torch
+
+LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libeightfold.so"
+
+if not LIBRARY_PATH.exists():
+    raise ImportError(
+        f"eightfold: {LIBRARY_PATH} is missing: the package was not built. Run `make build` in the source tree, "
+        "or install the wheel."
+    )
+torch.ops.load_library(str(LIBRARY_PATH))

@@ -1,0 +1,1 @@
+"""Executable specification of every op in plain torch; slow, readable, public."""
