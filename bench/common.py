@@ -1,4 +1,4 @@
-"""What every family's bench shares: correctness gate, interleaved timing with a cold L2, ceilings, one table, JSON lines.
+"""What every bench shares: correctness gate, interleaved timing with a cold L2, ceilings, one table, JSON lines.
 
 The chip throttles, so a time alone says little: each line carries its share of a ceiling measured in the same run and
 the ratio to the best peer, timed in turn with ours.
@@ -156,3 +156,9 @@ def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the reference, in float64."""
     reference = reference.double()
     return ((value.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()
+
+
+def compiled(function: Callable, *inputs: torch.Tensor) -> Run:
+    """`function` of these inputs under torch.compile, as a peer."""
+    fast = torch.compile(function, dynamic=False)
+    return lambda: fast(*inputs)
