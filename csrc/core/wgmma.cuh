@@ -85,6 +85,22 @@ struct Wgmma<128> {
   }
 };
 
+// A value that all lanes of the warp hold; said to the compiler, so that descriptors and branches stay in uniform registers.
+__device__ __forceinline__ uint32_t warp_uniform(uint32_t value) { return __shfl_sync(0xFFFFFFFFu, value, 0); }
+
+// True in one lane of a converged warp.
+__device__ __forceinline__ bool elect_lane() {
+  uint32_t elected;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "elect.sync _|p, 0xFFFFFFFF;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(elected));
+  return elected != 0;
+}
+
 // Registers a thread may use, moved between warpgroups at run time; all four warps of a warpgroup call it.
 template <int kRegisters>
 __device__ __forceinline__ void warpgroup_give_registers() {

@@ -41,19 +41,16 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// `row` is the lane's upper row and `column` the tile's first.
-template <int kCount>
-__device__ __forceinline__ void add_bias(const GemmOutput& o, float (&acc)[kCount], int64_t column, uint32_t lane) {
+// Columns past the end read the last one's bias; they are not stored.
+template <class T, int kCount>
+__device__ __forceinline__ void add_bias(const T* bias, float (&acc)[kCount], int32_t n, int64_t column, uint32_t lane) {
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int64_t at = column + 8 * i + 2 * (lane % 4) + c;
-      if (at >= o.n) continue;
-      const float bias = o.bias_type == DType::f32 ? static_cast<const float*>(o.bias)[at]
-                                                   : __bfloat162float(static_cast<const __nv_bfloat16*>(o.bias)[at]);
-      acc[4 * i + c] += bias;
-      acc[4 * i + 2 + c] += bias;
+      const float value = static_cast<float>(bias[min(column + 8 * i + 2 * (lane % 4) + c, static_cast<int64_t>(n - 1))]);
+      acc[4 * i + c] += value;
+      acc[4 * i + 2 + c] += value;
     }
   }
 }
@@ -113,7 +110,13 @@ __device__ __forceinline__ void store_f32(const GemmOutput& o, float (&acc)[kCou
 // Writes 64 rows of the tile; `row` is the lane's upper row, `column` the tile's first. All lanes of a warp call it.
 template <int kCount>
 __device__ __forceinline__ void store_tile(const GemmOutput& o, float (&acc)[kCount], int64_t row, int64_t column, uint32_t lane) {
-  if (o.bias != nullptr) add_bias(o, acc, column, lane);
+  if (o.bias != nullptr) {
+    if (o.bias_type == DType::f32) {
+      add_bias(static_cast<const float*>(o.bias), acc, o.n, column, lane);
+    } else {
+      add_bias(static_cast<const __nv_bfloat16*>(o.bias), acc, o.n, column, lane);
+    }
+  }
   if (o.type == DType::bf16) {
     store_bf16(o, acc, row, column, lane);
   } else {

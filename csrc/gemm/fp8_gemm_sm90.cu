@@ -102,20 +102,25 @@ __device__ __forceinline__ void produce(const CUtensorMap* a, const CUtensorMap*
   }
 }
 
-// acc += partial * (a's scale * b's scale); `b_scales` are the tile's column scales in shared memory, or `b_scale` one for all.
+// The scales of one step for a lane's two rows and, where b has a scale per column, its columns.
 template <class C>
-__device__ __forceinline__ void promote(float (&acc)[C::kTileN / 2], const float (&partial)[C::kTileN / 2], float a_scale_upper,
-                                        float a_scale_lower, float b_scale, const float* b_scales, uint32_t lane) {
-  float upper = a_scale_upper * b_scale, lower = a_scale_lower * b_scale;
+struct StepScales {
+  float upper, lower;                                    // of a
+  float2 columns[C::kColumnScales ? C::kTileN / 8 : 1];  // of b
+};
+
+// acc += partial * (a's scale * b's scale); `b_scale` is the tile's one scale of b where it has one.
+template <class C>
+__device__ __forceinline__ void promote(float (&acc)[C::kTileN / 2], const float (&partial)[C::kTileN / 2], const StepScales<C>& scales,
+                                        float b_scale) {
+  float upper = scales.upper * b_scale, lower = scales.lower * b_scale;
 #pragma unroll
   for (int j = 0; j < C::kTileN / 8; ++j) {
-    float2 columns;
-    if constexpr (C::kColumnScales) columns = *reinterpret_cast<const float2*>(b_scales + 8 * j + 2 * (lane % 4));
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       if constexpr (C::kColumnScales) {
-        upper = a_scale_upper * (c == 0 ? columns.x : columns.y);
-        lower = a_scale_lower * (c == 0 ? columns.x : columns.y);
+        upper = scales.upper * (c == 0 ? scales.columns[j].x : scales.columns[j].y);
+        lower = scales.lower * (c == 0 ? scales.columns[j].x : scales.columns[j].y);
       }
       acc[4 * j + c] = fmaf(partial[4 * j + c], upper, acc[4 * j + c]);
       acc[4 * j + 2 + c] = fmaf(partial[4 * j + 2 + c], lower, acc[4 * j + 2 + c]);
@@ -124,19 +129,18 @@ __device__ __forceinline__ void promote(float (&acc)[C::kTileN / 2], const float
 }
 
 template <class C>
-__device__ __forceinline__ void multiply(const KernelArgs& args, uint8_t* memory, uint32_t shared) {
+__device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* memory, uint32_t shared, uint32_t group) {
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t group_row = threadIdx.x / 128 * (64 * C::kBlocks);  // the warpgroup's first row in the tile
-  const uint32_t lane_row = threadIdx.x / 32 % 4 * 16 + lane / 4;    // the lane's upper row among 64
+  const uint32_t group_row = group * (64 * C::kBlocks);            // the warpgroup's first row in the tile
+  const uint32_t lane_row = threadIdx.x / 32 % 4 * 16 + lane / 4;  // the lane's upper row among 64
   const float* a_scales = reinterpret_cast<const float*>(memory + C::kAScales) + group_row + lane_row;
-  const float* b_scales = reinterpret_cast<const float*>(memory + C::kBScales);
+  const float* b_scales = reinterpret_cast<const float*>(memory + C::kBScales) + 2 * (lane % 4);
 
   RingPosition<C::kStages> at;
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
     const TileAt tile = tile_at(index, args.tiles_m, args.tiles_n);
     const int64_t row = static_cast<int64_t>(tile.m) * C::kTileM, column = static_cast<int64_t>(tile.n) * C::kTileN;
-    const float* b_scale_row = args.b_scales + column / 128 * args.ld_b_scales;  // one group of 128 rows of b holds the tile
 
     float acc[C::kBlocks][C::kTileN / 2];
 #pragma unroll
@@ -145,12 +149,15 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, uint8_t* memory
       for (int i = 0; i < C::kTileN / 2; ++i) acc[block][i] = 0.0f;
     }
 
-    // The next step's scale of b is fetched while this step multiplies.
-    float next_b_scale = 1.0f;
-    if constexpr (!C::kColumnScales) next_b_scale = args.steps > 0 ? __ldg(b_scale_row) : 0.0f;
+    // One group of 128 rows of b holds the tile: one scale a step, the next one fetched while this step multiplies.
+    const float* b_scale_at = args.b_scales + column / 128 * args.ld_b_scales;
+    float next_b_scale = 0.0f;
+    if constexpr (!C::kColumnScales) next_b_scale = args.steps > 0 ? __ldg(b_scale_at) : 0.0f;
     for (int32_t step = 0; step < args.steps; ++step, at.advance()) {
       const float b_scale = next_b_scale;
-      if constexpr (!C::kColumnScales) next_b_scale = __ldg(b_scale_row + min(step + 1, args.steps - 1));
+      if constexpr (!C::kColumnScales) {
+        if (step + 1 < args.steps) next_b_scale = __ldg(++b_scale_at);
+      }
       barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
 
       const uint64_t a = wgmma_operand(shared + at.stage * C::kABytes + group_row * kStepK);
@@ -161,21 +168,27 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, uint8_t* memory
         pin_registers(partial);
         wgmma_fence();
 #pragma unroll
-        for (int k = 0; k < kStepK / 32; ++k) {
-          Wgmma<C::kTileN>::multiply(partial, wgmma_operand_offset(a, block * 64 * kStepK + 32 * k), wgmma_operand_offset(b, 32 * k),
-                                     k > 0);
+        for (int k = 0; k < kStepK; k += 32) {
+          Wgmma<C::kTileN>::multiply(partial, wgmma_operand_offset(a, block * 64 * kStepK + k), wgmma_operand_offset(b, k), k > 0);
         }
         wgmma_commit();
-        const float a_scale_upper = a_scales[at.stage * C::kTileM + 64 * block];
-        const float a_scale_lower = a_scales[at.stage * C::kTileM + 64 * block + 8];
+        StepScales<C> scales;  // read while the tensor core works
+        scales.upper = a_scales[at.stage * C::kTileM + 64 * block];
+        scales.lower = a_scales[at.stage * C::kTileM + 64 * block + 8];
+        if constexpr (C::kColumnScales) {
+#pragma unroll
+          for (int j = 0; j < C::kTileN / 8; ++j) {
+            scales.columns[j] = *reinterpret_cast<const float2*>(b_scales + at.stage * C::kTileN + 8 * j);
+          }
+        }
         wgmma_wait_all();
         pin_registers(partial);
 
-        promote<C>(acc[block], partial, a_scale_upper, a_scale_lower, b_scale, b_scales + at.stage * C::kTileN, lane);
         if (block == C::kBlocks - 1) {
           __syncwarp();  // every lane has read the stage
           if (lane == 0) barrier_arrive(shared + C::kEmpty + 8 * at.stage);
         }
+        promote<C>(acc[block], partial, scales, b_scale);
       }
     }
 
@@ -205,12 +218,13 @@ __global__ void __launch_bounds__(C::kThreads, 1)
   __syncthreads();
 
   // Two math warpgroups hold 128 to 192 accumulators a thread: they take registers that the producer does not need.
-  if (threadIdx.x >= 128 * C::kMathGroups) {
+  const uint32_t group = warp_uniform(threadIdx.x / 128);
+  if (group == C::kMathGroups) {
     if constexpr (C::kMathGroups == 2) warpgroup_give_registers<40>();
-    if (threadIdx.x == 128 * C::kMathGroups) produce<C>(&a, &b, &a_scales, &b_scales, args, shared);
+    if (warp_uniform(threadIdx.x / 32 % 4) == 0 && elect_lane()) produce<C>(&a, &b, &a_scales, &b_scales, args, shared);
   } else {
     if constexpr (C::kMathGroups == 2) warpgroup_take_registers<232>();
-    multiply<C>(args, memory, shared);
+    multiply<C>(args, memory, shared, group);
   }
 }
 
