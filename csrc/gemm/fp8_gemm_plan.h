@@ -6,7 +6,7 @@
 
 namespace eightfold {
 
-// kTile m is the rows of a, n the rows of b; a tile lies inside one group of 128 rows of b. Stages fill shared memory.
+// m rows of a by n rows of b; a tile lies inside one group of 128 rows of b. Stages fill shared memory.
 struct Fp8GemmTile {
   int m, n, stages;
 };

@@ -83,6 +83,12 @@ __device__ __forceinline__ TileAt tile_at(uint32_t index, uint32_t tiles_m, uint
 template <class C>
 __device__ __forceinline__ void produce(const CUtensorMap* a, const CUtensorMap* b, const CUtensorMap* a_scales,
                                         const CUtensorMap* b_scales, const KernelArgs& args, uint32_t shared) {
+  if (args.steps == 0) return;  // the maps are not filled in
+  tma_prefetch_map(a);
+  tma_prefetch_map(b);
+  tma_prefetch_map(a_scales);
+  if constexpr (C::kColumnScales) tma_prefetch_map(b_scales);
+
   RingPosition<C::kStages> at;
   const uint32_t tiles = args.tiles_m * args.tiles_n;
   for (uint32_t index = blockIdx.x; index < tiles; index += gridDim.x) {
@@ -196,6 +202,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
     for (int block = 0; block < C::kBlocks; ++block) {
       store_tile(args.output, acc[block], row + group_row + 64 * block + lane_row, column, lane);
     }
+    __syncwarp();  // the next tile's matrix instructions want whole warps
   }
 }
 
@@ -276,15 +283,21 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaSt
 
   const bool bf16 = args.out_type == DType::bf16;
   const int64_t vector = bf16 ? 8 : 2, vector_bytes = bf16 ? 16 : 8;
-  GemmOutput output{args.out,       args.bias,       args.ldo, static_cast<int32_t>(args.m), static_cast<int32_t>(args.n), args.out_type,
-                    args.bias_type, args.accumulate, false};
-  output.wide = args.n % vector == 0 && args.ldo % vector == 0 && reinterpret_cast<uintptr_t>(args.out) % vector_bytes == 0;
-  KernelArgs kernel_args{output,
-                         args.b_scales,
-                         args.ld_b_scales,
-                         static_cast<uint32_t>(plan.tiles_m),
-                         static_cast<uint32_t>(plan.tiles_n),
-                         static_cast<int32_t>(steps)};
+  KernelArgs kernel_args;
+  kernel_args.output.out = args.out;
+  kernel_args.output.bias = args.bias;
+  kernel_args.output.ld = args.ldo;
+  kernel_args.output.m = static_cast<int32_t>(args.m);
+  kernel_args.output.n = static_cast<int32_t>(args.n);
+  kernel_args.output.type = args.out_type;
+  kernel_args.output.bias_type = args.bias_type;
+  kernel_args.output.accumulate = args.accumulate;
+  kernel_args.output.wide = args.n % vector == 0 && args.ldo % vector == 0 && reinterpret_cast<uintptr_t>(args.out) % vector_bytes == 0;
+  kernel_args.b_scales = args.b_scales;
+  kernel_args.ld_b_scales = args.ld_b_scales;
+  kernel_args.tiles_m = static_cast<uint32_t>(plan.tiles_m);
+  kernel_args.tiles_n = static_cast<uint32_t>(plan.tiles_n);
+  kernel_args.steps = static_cast<int32_t>(steps);
   fp8_gemm_kernel<C><<<plan.grid, C::kThreads, C::kBytes, stream>>>(a, b, a_scales, b_scales, kernel_args);
   cuda_check(cudaGetLastError(), "fp8_gemm: launching the kernel");
 }
