@@ -1,7 +1,7 @@
 """Runs eightfold's ops through their torch references where this build or this device has no kernels: right, not fast.
 
-The references carry the names and signatures of the ops and give the same bytes for casts, so they can stand in for a kernel
-of any dispatch key. They are registered whole or not at all: an op never changes numbers between two calls.
+A reference has the name and signature of its op, so it can stand in for a kernel of any dispatch key. The choice is
+made once, when CUDA is first initialised at the latest: an op never changes hands between two calls.
 """
 
 import functools
@@ -41,13 +41,14 @@ def _warn_once(message: str) -> None:
 def install(dispatch_key: str = "CUDA", replace: bool = False, reason: str | None = None) -> list[str]:
     """Registers the references for ``dispatch_key`` and returns the names of the ops they now run.
 
-    Ops that have a kernel for the key keep it unless ``replace``. The first call of any replaced op warns, with ``reason``.
+    Ops that have a kernel for the key keep it unless ``replace``. The first call of any of them warns, with ``reason``.
     """
-    message = f"eightfold: {reason or f'no kernels for {dispatch_key} in this build'}: running the torch composition: right, not fast"
+    reason = reason or f"no kernels for {dispatch_key} in this build"
+    message = f"eightfold: {reason}: running the torch composition: right, not fast"
     library = torch.library.Library(NAMESPACE, "IMPL")
     installed = []
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*[Oo]verriding a previously registered kernel.*")
+        warnings.filterwarnings("ignore", message=r"(?s).*Overriding a previously registered kernel.*")
         for name, reference in references().items():
             if not replace and torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::{name}", dispatch_key):
                 continue
