@@ -25,7 +25,7 @@ struct TensorSource {
 
   template <bool kVector>
   __device__ void load(int64_t row, int64_t col, Octet<T> (&out)[1]) const {
-    out[0] = load_octet<kVector>(data + row * ld + col, row < rows ? cols - col : 0);
+    out[0] = load_octet<kVector>(data + row * ld + col, octet_count(row, col, rows, cols));
   }
 };
 
@@ -51,14 +51,14 @@ struct CodesSource {
 
   template <bool kVector>
   __device__ void load(int64_t row, int64_t col, Octet<float> (&out)[1]) const {
-    const bool exists = row < rows && col < cols;
-    const uint2 octet = load_codes8<kVector>(codes + row * ld + col, exists ? cols - col : 0);
-    const float scale = exists ? __ldg(scales + row + col / 128 * scale_ld) : 0.0f;
+    const int count = octet_count(row, col, rows, cols);
+    const uint2 octet = load_codes8<kVector>(codes + row * ld + col, count);
+    const float scale = count ? __ldg(scales + row + col / 128 * scale_ld) : 0.0f;
     float values[8];
     decode4(octet.x, values);
     decode4(octet.y, values + 4);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = col + j < cols ? values[j] * scale : 0.0f;  // 0 * NaN of a tail is not an element
+    for (int j = 0; j < 8; ++j) values[j] = j < count ? values[j] * scale : 0.0f;  // 0 * NaN of a tail is not an element
     out[0].set(values);
   }
 };

@@ -103,12 +103,12 @@ __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBandRows
   if (me.lane % 2 == 0 && own_row < tile.rows) out.scales[own_row + tile.col / kTile * out.row_scale_ld] = own.scale;
 
   const bool vector = tile.cols % 8 == 0;
+  const int count = octet_count(0, col, 1, tile.cols);
 #pragma unroll
   for (int p = 0; p < kBandRows; ++p) {
     int owner = (me.lane & 16) | (p << 1);
     GroupDivider by = {__shfl_sync(kWholeWarp, own.scale, owner), __shfl_sync(kWholeWarp, own.inverse, owner)};
-    if (first_row + p < tile.rows)
-      store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), tile.cols - col, vector);
+    if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), count, vector);
   }
 }
 
@@ -127,6 +127,7 @@ __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[kBandRows]
 
   const bool upper = me.lane & 1, vector = tile.cols % 8 == 0;
   const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int count = octet_count(0, col, 1, tile.cols);
   const int64_t own_row = first_row + (upper ? 4 : 0);
   if (tile.col + (me.octet & ~1) * 8 < tile.cols) {  // the group exists
     float* scales = out.scales + own_row + (tile.col / 16 + me.octet / 2) * out.row_scale_ld;
@@ -145,7 +146,7 @@ __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[kBandRows]
     for (int half = 0; half < 2; ++half) {
       const int p = half * 4 + i;
       uint2 codes = encode_octet(values[p], GroupDivider::of(upper == (half == 1) ? own[i] : other));
-      if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, codes, tile.cols - col, vector);
+      if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, codes, count, vector);
     }
   }
 }
@@ -252,10 +253,10 @@ __device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBandRows],
 
   const bool vector = tile.cols % 8 == 0;
   const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int count = octet_count(0, col, 1, tile.cols);
 #pragma unroll
   for (int p = 0; p < kBandRows; ++p)
-    if (first_row + p < tile.rows)
-      store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), tile.cols - col, vector);
+    if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), count, vector);
 }
 
 // Every output of one value. All threads of the CTA take part. Calls may follow each other without a barrier: each barrier
