@@ -383,6 +383,6 @@ assert torch.equal(rows, first.dequantize())
 
 
 def test_fallback_to_references():
-    """In a process of its own, for registrations are global: references replace kernels only when told, and warn once."""
+    """In a process of its own, for registrations are global: references replace kernels when told, and warn once."""
     done = subprocess.run([sys.executable, "-c", FALLBACK], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
