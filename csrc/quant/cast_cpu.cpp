@@ -121,8 +121,14 @@ void dequantize_cpu(const AnyCodes& x, void* out, DType dtype) {
     const bool by_rows = x.col_stride == 1;
     if (!by_rows) transpose_bytes(x.codes + col * x.col_stride + row, x.col_stride, width, height, turned, kTile);
     for (int64_t r = 0; r < height; ++r) {
-      const float* line = x.scales + (row + r) / x.group_rows * x.scale_row_stride;
-      for (int64_t c = 0; c < width; ++c) scales[c] = line[(col + c) / x.group_cols * x.scale_col_stride];
+      if (r == 0 || (row + r) % x.group_rows == 0) {
+        const float* line = x.scales + (row + r) / x.group_rows * x.scale_row_stride;
+        for (int64_t c = 0; c < width;) {  // one run of columns a group
+          const int64_t group = (col + c) / x.group_cols, end = std::min(width, (group + 1) * x.group_cols - col);
+          std::fill(scales + c, scales + end, line[group * x.scale_col_stride]);
+          c = end;
+        }
+      }
       decode_each(by_rows ? x.codes + (row + r) * x.row_stride + col : turned + r * kTile, width, scales, values);
       narrow(values, width, out, dtype, (row + r) * x.cols + col);
     }

@@ -27,6 +27,22 @@ EF_HD uint32_t amax_span(const float* x, int64_t n) {
   return amax;
 }
 
+// kWidth > 0: the width as a constant, for groups too short to set up a loop for. Codes go through a local array, since a
+// store to bytes may alias anything.
+template <int kWidth>
+EF_HD float encode_group(const float* x, int64_t n, bool power_of_two, uint8_t* codes) {
+  const int64_t width = kWidth > 0 ? kWidth : n;
+  const float scale = group_scale(bits_float(amax_span(x, width)), power_of_two);
+  if constexpr (kWidth > 0) {
+    uint8_t made[kWidth];
+    encode_span(x, kWidth, scale, made);
+    std::memcpy(codes, made, kWidth);
+  } else {
+    encode_span(x, width, scale, codes);
+  }
+  return scale;
+}
+
 // Exchanges the off-diagonal blocks of `kBytes` bytes between two rows of an 8 x 8 block of bytes.
 template <int kBytes>
 EF_HD void exchange(uint64_t& a, uint64_t& b, uint64_t mask) {
@@ -83,12 +99,13 @@ EF_CPU_CLONES void encode_each(const float* x, int64_t n, const float* scales, u
 
 EF_CPU_CLONES void encode_groups(const float* x, int64_t n, int64_t group, bool power_of_two, uint8_t* codes, float* scales,
                                  int64_t scale_ld) {
-  for (int64_t g = 0; g * group < n; ++g) {
-    int64_t at = g * group, width = std::min(group, n - at);
-    float scale = group_scale(bits_float(amax_span(x + at, width)), power_of_two);
-    scales[g * scale_ld] = scale;
-    encode_span(x + at, width, scale, codes + at);
+  int64_t whole = n / group;
+  if (group == 16) {
+    for (int64_t g = 0; g < whole; ++g) scales[g * scale_ld] = encode_group<16>(x + g * 16, 16, power_of_two, codes + g * 16);
+  } else {
+    for (int64_t g = 0; g < whole; ++g) scales[g * scale_ld] = encode_group<0>(x + g * group, group, power_of_two, codes + g * group);
   }
+  if (int64_t at = whole * group; at < n) scales[whole * scale_ld] = encode_group<0>(x + at, n - at, power_of_two, codes + at);
 }
 
 void transpose_bytes(const uint8_t* in, int64_t in_ld, int64_t rows, int64_t cols, uint8_t* out, int64_t out_ld) {
