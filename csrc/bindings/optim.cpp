@@ -82,15 +82,13 @@ Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& e
 constexpr const char* kAdamw = "adamw_dre_";
 
 // Contiguous, `numel` elements, on the device of `like`, dtype one of two.
-void check_entry(const Tensors& list, size_t i, const char* name, int64_t numel, const Tensor& like, ScalarType type,
-                 ScalarType other) {
+void check_entry(const Tensors& list, size_t i, const char* name, int64_t numel, const Tensor& like, ScalarType type, ScalarType other) {
   const Tensor& t = list[i];
   bool typed = t.scalar_type() == type || t.scalar_type() == other;
-  EF_CHECK(typed, kAdamw, ": ", name, "[", i, "] must be ", name_of(type), type == other ? "" : " or ",
-           type == other ? "" : name_of(other), ", got ", name_of(t.scalar_type()));
+  EF_CHECK(typed, kAdamw, ": ", name, "[", i, "] must be ", name_of(type), type == other ? "" : " or ", type == other ? "" : name_of(other),
+           ", got ", name_of(t.scalar_type()));
   EF_CHECK(t.numel() == numel, kAdamw, ": ", name, "[", i, "] must have ", numel, " elements, got shape ", shape_of(t));
-  EF_CHECK(t.is_contiguous(), kAdamw, ": ", name, "[", i, "] must be contiguous, got shape ", shape_of(t), " with strides ",
-           strides_of(t));
+  EF_CHECK(t.is_contiguous(), kAdamw, ": ", name, "[", i, "] must be contiguous, got shape ", shape_of(t), " with strides ", strides_of(t));
   bool same = t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index();
   EF_CHECK(same, kAdamw, ": ", name, "[", i, "] is on ", device_of(t), " but params[0] is on ", device_of(like));
 }
@@ -131,8 +129,14 @@ void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes,
   if (count == 0) return;
 
   const Tensor& like = params[0];
-  AdamwOptions options{scalar_data(lr, "lr", like), grad_scale ? scalar_data(*grad_scale, "grad_scale", like) : nullptr,
-                       beta1, beta2, eps, weight_decay, stochastic_states, static_cast<uint64_t>(seed)};
+  AdamwOptions options{scalar_data(lr, "lr", like),
+                       grad_scale ? scalar_data(*grad_scale, "grad_scale", like) : nullptr,
+                       beta1,
+                       beta2,
+                       eps,
+                       weight_decay,
+                       stochastic_states,
+                       static_cast<uint64_t>(seed)};
   std::vector<AdamwTensor> tensors;
   tensors.reserve(count);
   for (size_t i = 0; i < count; ++i) {
@@ -155,19 +159,11 @@ void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes,
     check_entry(v_exponents, i, "v_exponents", groups, like, u8, u8);
     check_entry(steps, i, "steps", 1, like, f32, f32);
     if (numel == 0) continue;
-    tensors.push_back({params[i].data_ptr(),
-                       grads[i].data_ptr(),
-                       mastered ? static_cast<float*>(masters[i].data_ptr()) : nullptr,
-                       static_cast<uint8_t*>(m_codes[i].data_ptr()),
-                       static_cast<uint8_t*>(v_codes[i].data_ptr()),
-                       static_cast<float*>(m_maxima[i].data_ptr()),
-                       static_cast<float*>(v_maxima[i].data_ptr()),
-                       static_cast<uint8_t*>(m_exponents[i].data_ptr()),
-                       static_cast<uint8_t*>(v_exponents[i].data_ptr()),
-                       static_cast<const float*>(steps[i].data_ptr()),
-                       rows,
-                       row_length,
-                       offsets[i],
+    tensors.push_back({params[i].data_ptr(), grads[i].data_ptr(), mastered ? static_cast<float*>(masters[i].data_ptr()) : nullptr,
+                       static_cast<uint8_t*>(m_codes[i].data_ptr()), static_cast<uint8_t*>(v_codes[i].data_ptr()),
+                       static_cast<float*>(m_maxima[i].data_ptr()), static_cast<float*>(v_maxima[i].data_ptr()),
+                       static_cast<uint8_t*>(m_exponents[i].data_ptr()), static_cast<uint8_t*>(v_exponents[i].data_ptr()),
+                       static_cast<const float*>(steps[i].data_ptr()), rows, row_length, offsets[i],
                        params[i].scalar_type() == f32 ? DType::f32 : DType::bf16,
                        grads[i].scalar_type() == f32 ? DType::f32 : DType::bf16});
   }

@@ -28,15 +28,15 @@ namespace eightfold {
 
 // rows x row_length elements, contiguous; at least one. Groups restart at each row: metadata [rows, ceil(row_length / 128)].
 struct AdamwTensor {
-  void* param;         // f32, or bf16: rounded stochastically, or to nearest from `master`
-  const void* grad;    // f32 or bf16
-  float* master;       // the parameter in f32, or null
+  void* param;       // f32, or bf16: rounded stochastically, or to nearest from `master`
+  const void* grad;  // f32 or bf16
+  float* master;     // the parameter in f32, or null
   uint8_t *m_codes, *v_codes;
   float *m_maxima, *v_maxima;
   uint8_t *m_exponents, *v_exponents;
-  const float* step;   // on the tensors' device, already counting this step: 1, 2, ...
+  const float* step;  // on the tensors' device, already counting this step: 1, 2, ...
   int64_t rows, row_length;
-  int64_t offset;      // of the first element in the random stream
+  int64_t offset;  // of the first element in the random stream
   DType param_type, grad_type;
 };
 
@@ -59,9 +59,9 @@ struct AdamwConstants {
 };
 
 inline AdamwConstants adamw_constants(const AdamwOptions& o) {
-  return {static_cast<float>(o.beta1),         static_cast<float>(1 - o.beta1),       static_cast<float>(o.beta2),
-          static_cast<float>(1 - o.beta2),     static_cast<float>(std::log(o.beta1)), static_cast<float>(std::log(o.beta2)),
-          static_cast<float>(o.eps),           static_cast<float>(o.weight_decay)};
+  return {static_cast<float>(o.beta1),     static_cast<float>(1 - o.beta1),       static_cast<float>(o.beta2),
+          static_cast<float>(1 - o.beta2), static_cast<float>(std::log(o.beta1)), static_cast<float>(std::log(o.beta2)),
+          static_cast<float>(o.eps),       static_cast<float>(o.weight_decay)};
 }
 
 // What one step of one tensor needs: bias corrections are -expm1(t log b), exact where 1 - b^t would cancel.

@@ -96,8 +96,10 @@ EF_CPU_CLONES void step_groups(const Work& work, int64_t first, int64_t last) {
     int64_t begin = row * t.row_length + col;
     int count = static_cast<int>(std::min<int64_t>(kDreGroup, t.row_length - col));
     load(t.grad, t.grad_type, begin, count, g);
-    if (t.master) load(t.master, DType::f32, begin, count, p);
-    else load(t.param, t.param_type, begin, count, p);
+    if (t.master)
+      load(t.master, DType::f32, begin, count, p);
+    else
+      load(t.param, t.param_type, begin, count, p);
     decode_group(t.m_codes + begin, count, {t.m_maxima[group], t.m_exponents[group]}, m);
     decode_group(t.v_codes + begin, count, {t.v_maxima[group], t.v_exponents[group]}, v);
     update(work, count, g, p, m, v);

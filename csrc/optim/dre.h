@@ -87,8 +87,8 @@ EF_HD uint8_t range_exponent(float maximum, float minimum) {
   return static_cast<uint8_t>((k16 > 1 ? k16 : 1) - 1);
 }
 
-EF_HD float expansion(uint8_t exponent) { return static_cast<float>(exponent + 1) * 0.0625f; }                       // k
-EF_HD float half_inverse(uint8_t exponent) { return ieee_div(8.0f, static_cast<float>(exponent + 1)); }              // 1 / (2 k)
+EF_HD float expansion(uint8_t exponent) { return static_cast<float>(exponent + 1) * 0.0625f; }           // k
+EF_HD float half_inverse(uint8_t exponent) { return ieee_div(8.0f, static_cast<float>(exponent + 1)); }  // 1 / (2 k)
 
 // Minimum over non-zero magnitudes: zero minus one is the largest unsigned number.
 EF_HD uint32_t fold_min_nonzero(uint32_t min_less_one, float x) {
