@@ -1,8 +1,9 @@
 """8-bit optimizer states with dynamic range expansion, and AdamW over them.
 
-A state is three tensors: ``codes`` (float8_e4m3fn, shape of the parameter), ``maxima`` (float32) and ``exponents`` (uint8), the
-last two [rows, ceil(row_length / 128)]. Groups are 128 consecutive elements of one row and restart at each row, so they do not
-depend on how rows are spread over processes. 1 + 5/128 = 1.039 bytes an element for rows that are multiples of 128.
+A state is three tensors: ``codes`` (float8_e4m3fn, shape of the parameter), ``maxima`` (float32) and ``exponents``
+(uint8), the last two [rows, ceil(row_length / 128)]. Groups are 128 consecutive elements of one row and restart at each
+row, so they do not depend on how rows are spread over processes. 1 + 5/128 = 1.039 bytes an element for rows that are
+multiples of 128.
 
 Source: COAT (arXiv 2410.19313), section 4, in the form of csrc/optim/dre.h.
 """
@@ -30,8 +31,9 @@ def dre_quantize(x: Tensor, row_length: int | None = None) -> tuple[Tensor, Tens
         row_length: elements of a row; must divide ``x.numel()``. Default: ``x.numel() / x.size(0)``.
 
     Returns:
-        codes (float8_e4m3fn, shape of x), maxima (float32 [rows, ceil(row_length / 128)]) and exponents (uint8, likewise,
-        16 k - 1 with k in [1/16, 16]). Non-zero elements never get code 0. A group with a NaN or Inf has a NaN maximum.
+        codes (float8_e4m3fn, shape of x), maxima (float32 [rows, ceil(row_length / 128)]) and exponents (uint8,
+        likewise, 16 k - 1 with k in [1/16, 16]). Non-zero elements never get code 0. A group with a NaN or Inf has a
+        NaN maximum.
 
     Raises:
         RuntimeError: wrong dtype, non-contiguous x, or a row_length that does not divide its elements.
@@ -71,18 +73,21 @@ def adamw_dre_(
     stochastic_states: bool = False,
     seed: int = 0,
 ) -> None:
-    """One AdamW step over many tensors, in place. The update uses the fresh float32 moments; then they are stored in 8 bits.
+    """One AdamW step over many tensors, in place, with the fresh float32 moments; then these are stored in 8 bits.
 
-    Every list has one entry for each parameter; all tensors are contiguous and on one device. Empty parameters are skipped.
+    Every list has one entry for each parameter; all tensors are contiguous and on one device. Empty parameters are
+    skipped.
 
     Args:
         params: float32 or bfloat16. bfloat16 without a master is rounded stochastically.
         grads: float32 or bfloat16, as many elements.
-        masters: float32 copies of the parameters, or tensors without elements. With a master the parameter is its rounding.
+        masters: float32 copies of the parameters, or tensors without elements. With a master the parameter is its
+            rounding.
         m_codes, m_maxima, m_exponents, v_codes, v_maxima, v_exponents: the states, as ``dre_quantize`` returns them.
         row_lengths: elements of a row of each parameter; groups restart at each row.
-        offsets: place of each parameter's first element in the random stream. A shard passes the place of its first element,
-            so the random bits do not depend on the sharding; ranges of different parameters should not overlap.
+        offsets: place of each parameter's first element in the random stream. A shard passes the place of its first
+            element, so the random bits do not depend on the sharding; ranges of different parameters should not
+            overlap.
         steps: float32 tensors of one element that already count this step (1, 2, ...).
         lr, grad_scale: float32 tensors of one element; gradients are multiplied by ``grad_scale``.
         beta1, beta2, eps, weight_decay: as in torch.optim.AdamW.

@@ -1,7 +1,7 @@
 """Dynamic range expansion and AdamW over 8-bit states, in plain torch (csrc/optim/dre.h derives the rule).
 
-Powers are taken in float64. Group maxima and exponents match the CPU and CUDA kernels bit for bit; a code may differ where the
-expanded value lies within 1e-4 (relative) of a rounding boundary.
+Powers are taken in float64. Group maxima and exponents match the CPU and CUDA kernels bit for bit; a code may differ
+where the expanded value lies within 1e-4 (relative) of a rounding boundary.
 """
 
 import math
@@ -9,7 +9,6 @@ import math
 import torch
 from torch import Tensor
 
-from eightfold.ops.layouts import ceil_div
 from eightfold.reference.quant import E4M3_MAX, to_e4m3
 
 GROUP = 128
@@ -29,7 +28,7 @@ def _from_groups(groups: Tensor, row_length: int, shape: torch.Size) -> Tensor:
 
 
 def range_exponents(maximum: Tensor, minimum: Tensor) -> Tensor:
-    """16 k - 1 (uint8) of groups with these largest and smallest non-zero magnitudes (float32); 255 (k = 16) where they are 0.
+    """16 k - 1 (uint8) of groups with these largest and smallest non-zero magnitudes; 255 (k = 16) where they are 0.
 
     k = floor(16 log2(100352) / log2(maximum / minimum)) / 16 in [1/16, 16]; float32 without fused multiply-add, so that
     every implementation gets the same integer.
@@ -93,7 +92,7 @@ def _encode(x: Tensor, random: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dre_quantize(x: Tensor, row_length: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (E4M3, shape of ``x``), maxima (float32) and exponents (uint8, 16 k - 1), both [rows, ceil(row_length / 128)]."""
+    """Codes (E4M3, shape of x), maxima (float32) and exponents (uint8, 16 k - 1), both [rows, groups per row]."""
     codes, maxima, exponents = _encode(_to_groups(x.float(), row_length), None)
     flat = _from_groups(codes.view(torch.uint8), row_length, x.shape).view(torch.float8_e4m3fn)
     return flat.contiguous(), maxima, exponents
@@ -135,7 +134,7 @@ def random_words(offset: int, numel: int, step: int, purpose: int, seed: int, de
 
 
 def to_bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
-    """bfloat16 from float32, up with probability (distance to the lower neighbour) / spacing; 16 random bits an element."""
+    """bfloat16 from float32, up with probability (distance to the lower neighbour) / spacing; 16 random bits each."""
     bits = x.view(torch.int32).long() + (random & 0xFFFF)
     rounded = (bits & 0xFFFF0000).to(torch.int32).view(torch.float32)
     return torch.where(torch.isfinite(x), rounded, x).to(torch.bfloat16)
