@@ -8,10 +8,13 @@ beside the weights.
 Everything is written under a temporary name and renamed when complete; only then are old checkpoints removed.
 """
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +138,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) -> None:
-    from eightfold.models.loading import save_decoder
+    from eightfold.models.loading import write_decoder
 
     if world.size > 1:
         tensors = distributed.whole_state_dict(model)
@@ -144,7 +147,8 @@ def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) ->
         with torch.device("meta"):
             model = type(model)(model.config)
         model.load_state_dict(tensors, assign=True)
-    save_decoder(model, folder, tokenizer)
+    folder.mkdir()
+    write_decoder(model, folder, tokenizer)
 
 
 def _load_model(folder: Path, model: nn.Module) -> None:
@@ -189,7 +193,8 @@ def _save_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, folder: 
 
     states = get_optimizer_state_dict(model, optimizer)["state"]
     try:
-        dcp.save({"state": states}, checkpoint_id=folder, no_dist=world.size == 1)
+        with _no_lone_warning():
+            dcp.save({"state": states}, checkpoint_id=folder, no_dist=world.size == 1)
     except CheckpointException as error:
         raise OSError(_first_failure(error)) from None
     except RuntimeError as error:  # torch's zip writer reports a short write so
@@ -204,12 +209,21 @@ def _load_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     current = get_optimizer_state_dict(model, optimizer)  # makes zero states to load into
     saved = {"state": current["state"]}
     try:
-        dcp.load(saved, checkpoint_id=folder, no_dist=world.size == 1)
+        with _no_lone_warning():
+            dcp.load(saved, checkpoint_id=folder, no_dist=world.size == 1)
     except CheckpointException as error:
         raise ValueError(f"{folder}: optimizer states do not fit this run: {_first_failure(error)}") from None
     except (RuntimeError, ValueError, OSError, EOFError) as error:
         raise ValueError(f"{folder}: optimizer states do not fit this run: {str(error).splitlines()[0]}") from None
     set_optimizer_state_dict(model, optimizer, {**current, **saved})
+
+
+@contextlib.contextmanager
+def _no_lone_warning() -> Iterator[None]:
+    """Without torch's remark that a single process saves alone, which no_dist has said already."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _first_failure(error: BaseException) -> str:

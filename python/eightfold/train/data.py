@@ -233,7 +233,7 @@ class Corpus:
         if not documents:
             raise ValueError(f"{config.path}: no document of at least two tokens")
         train, held_out = split(documents, config.held_out, seed)
-        sequences = pack(train, config.sequence_length) if train else None
+        sequences = pack(train, config.sequence_length) if len(train[0][0]) else None
         if not sequences:
             raise ValueError(f"{config.path}: too little text to train on after holding out {config.held_out:.0%}")
         return cls(sequences, pack(held_out, config.sequence_length) if held_out else None, seed)

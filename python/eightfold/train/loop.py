@@ -232,9 +232,11 @@ class _Run:
             self.log.write({"step": self.step, "held_out_loss": loss})
 
     def _save(self) -> None:
-        state = {"data": self.cursor.state_dict(), "optimizer": type(self.optimizer).__qualname__}
-        state["optimizer_module"] = type(self.optimizer).__module__
-        state["config"] = self.config.model_dump()
+        state = {
+            "data": self.cursor.state_dict(),
+            "optimizer": _full_name(self.optimizer),
+            "config": self.config.model_dump(),
+        }
         self.result.checkpoint = checkpoint.save(
             self.config.output,
             self.step,
@@ -255,10 +257,9 @@ class _Run:
 
     def _resume(self, folder: Path) -> None:
         state = checkpoint.read_state(folder)
-        ours = f"{type(self.optimizer).__module__}.{type(self.optimizer).__qualname__}"
-        theirs = f"{state['optimizer_module']}.{state['optimizer']}"
-        if ours != theirs:
-            raise ValueError(f"{folder}: its optimizer is {theirs}, the run's is {ours} (optimizer.name)")
+        ours = _full_name(self.optimizer)
+        if ours != state["optimizer"]:
+            raise ValueError(f"{folder}: its optimizer is {state['optimizer']}, the run's is {ours} (optimizer.name)")
         if state["step"] >= self.config.steps:
             raise ValueError(f"{folder}: is at step {state['step']}; raise --steps ({self.config.steps}) to go on")
         try:
@@ -267,6 +268,10 @@ class _Run:
             raise ValueError(f"{folder}: {error}") from None
         checkpoint.load(folder, self.model, self.optimizer, self.world)
         self.step = state["step"]
+
+
+def _full_name(optimizer: torch.optim.Optimizer) -> str:
+    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
 
 
 def _micro_batch_size(config: TrainConfig, world: World) -> int:
