@@ -54,6 +54,9 @@ def _train(args: argparse.Namespace) -> int:
     config, overrides = args.config, [*args.overrides, *args.set]
     if config is not None and _OVERRIDE.fullmatch(config) and not Path(config).exists():
         config, overrides = None, [config, *overrides]
+    if args.resume is not None and _OVERRIDE.fullmatch(args.resume):  # --resume without a folder, then an override
+        overrides.append(args.resume)
+        args.resume = "latest"
     for flag, key in SHORTHANDS.items():
         if getattr(args, flag) is not None:
             overrides.append(f"{key}={_quoted(getattr(args, flag))}")

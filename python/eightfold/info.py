@@ -53,7 +53,8 @@ def _gpu(torch) -> str:
     if not torch.cuda.is_available():
         return "none that torch can see: ops run on the CPU"
     major, minor = capability = torch.cuda.get_device_capability()
-    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {torch.cuda.get_device_properties(0).total_memory >> 30} GiB)"
+    memory = torch.cuda.get_device_properties(0).total_memory >> 30
+    name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {memory} GiB)"
     inside = torch._C._dispatch_has_kernel_for_dispatch_key("eightfold::quantize", "CUDA")
     if capability == _HOPPER and inside:
         return f"{name}: kernels run there"

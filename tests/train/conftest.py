@@ -1,5 +1,7 @@
 """A tiny Llama folder with a byte tokenizer, text for it, and a configuration that trains it in a second."""
 
+import os
+
 import pytest
 import torch
 import yaml
@@ -24,11 +26,17 @@ def tokenizer():
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory, tokenizer):
-    return make_model(tmp_path_factory.mktemp("model") / "tiny", tokenizer)
+def model_folder(tmp_path_factory, make_model):
+    return make_model(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def make_model(folder, tokenizer, **changes):
+@pytest.fixture(scope="session")
+def make_model(tokenizer):
+    """make_model(folder, **sizes) saves a random Llama with those sizes."""
+    return lambda folder, **changes: _save_model(folder, tokenizer, changes)
+
+
+def _save_model(folder, tokenizer, changes):
     from eightfold.models.decoder import Decoder, DecoderConfig
     from eightfold.models.loading import save_decoder
 
@@ -49,9 +57,23 @@ def make_model(folder, tokenizer, **changes):
     return folder
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tiny models gain nothing from threads, and lose much where other processes share the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start
+    yield
+    torch.set_num_threads(before)
+    del os.environ["OMP_NUM_THREADS"]
+
+
 @pytest.fixture
 def text_folder(tmp_path):
-    folder = tmp_path / "text"
+    return write_text(tmp_path / "text")
+
+
+def write_text(folder):
     folder.mkdir()
     for number in range(24):
         words = TEXT.split()[number % 7 :] * (2 + number % 3)
@@ -62,11 +84,26 @@ def text_folder(tmp_path):
 @pytest.fixture
 def settings(tmp_path, model_folder, text_folder):
     """Nested values of a configuration; tests change them and call parse_config."""
+    return make_settings(model_folder, text_folder, tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def ended_run(tmp_path_factory, model_folder):
+    """Output folder of a run of the ``settings`` that has ended: checkpoints at steps 3 and 6. Copy it."""
+    from eightfold.train.config import parse_config
+    from eightfold.train.loop import train
+
+    root = tmp_path_factory.mktemp("ended")
+    train(parse_config(make_settings(model_folder, write_text(root / "text"), root / "run")))
+    return root / "run"
+
+
+def make_settings(model_folder, text_folder, output):
     return {
         "model": {"path": str(model_folder), "precision": "fp32"},
         "data": {"path": str(text_folder), "sequence_length": 32, "held_out": 0.15},
         "optimizer": {"lr": 3e-3, "warmup_steps": 2},
-        "output": str(tmp_path / "run"),
+        "output": str(output),
         "steps": 6,
         "batch_size": 4,
         "micro_batch_size": 2,

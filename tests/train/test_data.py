@@ -76,7 +76,7 @@ def test_each_epoch_is_a_new_order_of_all_sequences():
     epochs = [cursor.take(10) for _ in range(3)]
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
-    assert corpus().start().take(30) == sum(epochs, [])
+    assert corpus().start().take(30) == epochs[0] + epochs[1] + epochs[2]
     assert corpus(seed=1).start().take(10) != epochs[0]
 
 
@@ -129,7 +129,8 @@ def test_chat_template(tmp_path, tokenizer):
     config = DataConfig(path=str(path), template="chat", held_out=0, sequence_length=64)
     with pytest.raises(ValueError, match="tokenizer has no chat template"):
         Corpus.load(config, tokenizer, 0)
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    turns = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}[assistant]{% endif %}"
     try:
         ids, counts = tokenize(read_documents(config)[0], tokenizer, config)
     finally:

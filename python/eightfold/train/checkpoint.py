@@ -138,6 +138,8 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) -> None:
+    from safetensors import SafetensorError
+
     from eightfold.models.loading import write_decoder
 
     if world.size > 1:
@@ -148,7 +150,12 @@ def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) ->
             model = type(model)(model.config)
         model.load_state_dict(tensors, assign=True)
     folder.mkdir()
-    write_decoder(model, folder, tokenizer)
+    try:
+        write_decoder(model, folder, tokenizer)
+    except Exception as error:  # safetensors and tokenizers report a failed write in exceptions of their own
+        if isinstance(error, SafetensorError) or type(error) is Exception:
+            raise OSError(str(error)) from None
+        raise
 
 
 def _load_model(folder: Path, model: nn.Module) -> None:

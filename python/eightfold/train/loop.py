@@ -210,7 +210,7 @@ class _Run:
         for loss in losses:
             if not math.isfinite(loss):
                 raise ValueError(
-                    f"step {self.step}: the loss is {loss}: the run diverged; lower optimizer.lr or lengthen its warm-up"
+                    f"step {self.step}: the loss is {loss}: the run diverged; lower optimizer.lr or warm up longer"
                 )
         self.log.write(
             {
