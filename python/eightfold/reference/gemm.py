@@ -29,8 +29,8 @@ def fp8_gemm(
 ) -> Tensor:
     """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]), rounded once to ``out_dtype``.
 
-    ``a_scales`` is [M, ceil(K/128)]; ``b_scales`` is [ceil(N/b_group_rows), ceil(K/128)]. The operator computes in float32;
-    ``compute_dtype=torch.float64`` gives the value that errors are measured against.
+    ``a_scales`` is [M, ceil(K/128)]; ``b_scales`` is [ceil(N/b_group_rows), ceil(K/128)]. The operator computes in
+    float32; ``compute_dtype=torch.float64`` gives the value that errors are measured against.
     """
     out = _product(a, a_scales, b, b_scales, b_group_rows, compute_dtype)
     if bias is not None:
