@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 from eightfold.nn import WeightCache
 from eightfold.nn import functional as fused
@@ -30,6 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd * weight.float()).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, rstd = ctx.saved_tensors
         normed, grad = x.float() * rstd, grad.float()
@@ -48,11 +50,13 @@ class _SwiGLU(torch.autograd.Function):
         return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        gate, up = (x.float() for x in ctx.saved_tensors)
-        grad, s = grad.float(), torch.sigmoid(gate)
+        gate, up = ctx.saved_tensors
+        dtype, gate, up, grad = gate.dtype, gate.float(), up.float(), grad.float()
+        s = torch.sigmoid(gate)
         d_gate = grad * up * s * (1 + gate * (1 - s))
-        return d_gate.to(ctx.saved_tensors[0].dtype), (grad * gate * s).to(ctx.saved_tensors[0].dtype)
+        return d_gate.to(dtype), (grad * gate * s).to(dtype)
 
 
 class FP32:
