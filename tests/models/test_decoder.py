@@ -14,6 +14,10 @@ def relative(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
+def distance(actual, expected):
+    return ((actual - expected).norm() / expected.norm()).item()
+
+
 def tokens(batch, length, device="cpu", vocab=320):
     return torch.randint(0, vocab, (batch, length)).to(device)
 
@@ -116,7 +120,7 @@ def test_loss_backward_runs_once():
         loss.backward()
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.03), ("fp8", 0.15)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp8", 0.1)])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_low_precision_follows_fp32(saved, name, precision, tolerance, device):
     _, folder = saved(name)
@@ -124,20 +128,19 @@ def test_low_precision_follows_fp32(saved, name, precision, tolerance, device):
     model, _ = load_decoder(folder, precision=precision, device=device)
     ids, labels = tokens(2, 40, device), tokens(2, 40, device)
     expected, actual = exact.loss(ids, labels), model.loss(ids, labels)
-    assert relative(model(ids), exact(ids)) < tolerance
-    assert relative(actual, expected) < tolerance
+    assert distance(model(ids), exact(ids)) < tolerance
+    assert relative(actual, expected) < tolerance / 2
     expected.backward()
     actual.backward()
     grads = dict(model.named_parameters())
     for key, parameter in exact.named_parameters():
-        error = (grads[key].grad - parameter.grad).norm() / parameter.grad.norm()
         assert grads[key].grad.dtype == torch.float32
-        assert error < 2 * tolerance, (key, error)
+        assert distance(grads[key].grad, parameter.grad) < 2 * tolerance, key
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
-def test_checkpointed_layers_give_the_same_bits(precision, device):
-    torch.manual_seed(0)
+def test_checkpointed_layers_give_the_same_gradients(precision, device):
+    """The same bits; but FP8's norm backward adds the residual's gradient before it rounds, and autograd after."""
     plain = Decoder(TINY, precision=precision).to(device)
     again = Decoder(TINY, precision=precision, checkpoint_layers=True).to(device)
     again.load_state_dict(plain.state_dict())
@@ -148,7 +151,7 @@ def test_checkpointed_layers_give_the_same_bits(precision, device):
     for loss in losses:
         loss.backward()
     for (name, a), b in zip(plain.named_parameters(), again.parameters(), strict=True):
-        assert torch.equal(a.grad, b.grad), name
+        assert distance(b.grad, a.grad) < 0.05 if precision == "fp8" else torch.equal(a.grad, b.grad), name
 
 
 @torch.no_grad()
@@ -246,7 +249,10 @@ SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidd
         ({"head_dim": 7}, "head_dim: expected an even number .* got 7"),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type: expected one of .* got 'yarn'"),
         ({"rope_parameters": {"rope_type": "dynamic"}}, "rope_type: expected one of .* got 'dynamic'"),
-        ({"rope_scaling": {"rope_type": "linear"}}, r"rope_scaling\['factor'\]: expected a positive number .* got None"),
+        (
+            {"rope_scaling": {"rope_type": "linear"}},
+            r"rope_scaling\['factor'\]: expected a positive number .* got None",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor: expected 1, got 0.5"),
     ],
 )

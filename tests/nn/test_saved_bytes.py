@@ -45,7 +45,9 @@ def saved_storages(run: Callable, parameters) -> tuple[list[Saved], object]:
 
 def table(saved: list[Saved], unit: int, title: str) -> str:
     lines = [title]
-    lines += [f"  {str(list(s.shape)):>20} {str(s.dtype)[6:]:>15} {s.bytes:>9} B {s.bytes / unit:6.3f} U" for s in saved]
+    lines += [
+        f"  {str(list(s.shape)):>20} {str(s.dtype)[6:]:>15} {s.bytes:>9} B {s.bytes / unit:6.3f} U" for s in saved
+    ]
     total = sum(s.bytes for s in saved)
     return "\n".join([*lines, f"  total {total} B = {total / unit:.3f} U"])
 
