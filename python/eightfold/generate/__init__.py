@@ -1,5 +1,5 @@
 """Generation loops."""
 
-from .text import SamplingOptions, generate
+from eightfold.generate.text import SamplingOptions, generate
 
 __all__ = ["SamplingOptions", "generate"]

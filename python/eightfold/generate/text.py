@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..models.decoder import Decoder
+from eightfold.models.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,14 @@ def generate(
     cache = model.new_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
     ended = torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
     step = ids
-    for _ in range(max_new_tokens):
-        token = next_token(model(step, cache=cache, last_only=True)[:, 0], options, generator)
-        step = torch.where(ended, ids[:, -1], token)[:, None]
-        ids = torch.cat((ids, step), dim=1)
-        if on_token is not None:
-            on_token(step[:, 0].cpu())
-        ended = ended | torch.isin(step[:, 0], stops)
-        if len(stops) and bool(ended.all()):
-            break
+    with model.compute.constant_weights():
+        for _ in range(max_new_tokens):
+            token = next_token(model(step, cache=cache, last_only=True)[:, 0], options, generator)
+            step = torch.where(ended, ids[:, -1], token)[:, None]
+            ids = torch.cat((ids, step), dim=1)
+            if on_token is not None:
+                on_token(step[:, 0].cpu())
+            ended = ended | torch.isin(step[:, 0], stops)
+            if len(stops) and bool(ended.all()):
+                break
     return ids

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 
 
 def document_segments(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -47,6 +48,7 @@ class _CpuAttention(torch.autograd.Function):
         ctx.save_for_backward(q, k, v, bias, out, lse)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         q, k, v, bias, out, lse = ctx.saved_tensors
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

@@ -46,9 +46,7 @@ class DecoderConfig:
         if self.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, got {self.model_type!r}")
         for name in (*_REQUIRED, "num_key_value_heads", "head_dim"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value <= 0:
-                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+            _check_positive(name, getattr(self, name))
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads: expected a multiple of num_key_value_heads ({self.num_key_value_heads}), "
@@ -84,6 +82,8 @@ class DecoderConfig:
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
+        for name in _REQUIRED:
+            _check_positive(name, config[name])
         _reject_unsupported(config)
 
         values = {f.name: config[f.name] for f in dataclasses.fields(cls) if config.get(f.name) is not None}
@@ -106,6 +106,11 @@ class DecoderConfig:
             del config["mlp_bias"]
             config["use_sliding_window"] = False
         return config
+
+
+def _check_positive(name: str, value: Any) -> None:
+    if not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
 
 
 def _reject_unsupported(config: dict[str, Any]) -> None:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from .attention import KVCache, attention_bias, causal_attention, document_segments
-from .config import DecoderConfig
-from .head import logits, token_loss
-from .precision import Precision, strategy
-from .rotary import inverse_frequencies, rotary_tables, rotate
+from eightfold.models.attention import KVCache, attention_bias, causal_attention, document_segments
+from eightfold.models.config import DecoderConfig
+from eightfold.models.head import logits, token_loss
+from eightfold.models.precision import Precision, strategy
+from eightfold.models.rotary import inverse_frequencies, rotary_tables, rotate
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache"]
 
@@ -66,11 +66,11 @@ class DecoderLayer(nn.Module):
         stream, qkv = self.compute.norm_linears(branch, self.input_layernorm, projections, stream)
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
         if attn.q_norm is not None:
-            q, k = self.compute.norm(q, attn.q_norm)[1], self.compute.norm(k, attn.k_norm)[1]
+            q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
         q, k = rotate(q, *tables), rotate(k, *tables)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
-        mixed = self.compute.linear(causal_attention(q, k, v, bias), attn.o_proj)
+        mixed = self.compute.attention_output(causal_attention(q, k, v, bias), attn.o_proj)
         return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
 
 
@@ -197,7 +197,7 @@ class Decoder(nn.Module):
                 stream, branch = layer(stream, branch, tables, bias, cache)
         if cache is not None:
             cache.length += tokens
-        return self.compute.norm(branch, self.model.norm, stream)[1]
+        return self.compute.norm(branch if stream is None else stream + branch, self.model.norm)
 
     def _check(self, ids, positions, document_ids, cache) -> None:
         if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .config import MODEL_TYPES, DecoderConfig
-from .rotary import inverse_frequencies
+from eightfold.models.config import MODEL_TYPES, DecoderConfig
+from eightfold.models.rotary import inverse_frequencies
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _BLOCK = {
@@ -89,8 +89,8 @@ def _config(reader) -> DecoderConfig:
         "num_key_value_heads": get(f"{arch}.attention.head_count_kv", heads),
         "head_dim": head_dim,
         "max_position_embeddings": need("context_length"),
-        "rms_norm_eps": need("attention.layer_norm_rms_epsilon"),
-        "rope_theta": get(f"{arch}.rope.freq_base", 10000.0),
+        "rms_norm_eps": _shortest(need("attention.layer_norm_rms_epsilon")),
+        "rope_theta": _shortest(get(f"{arch}.rope.freq_base", 10000.0)),
         "tie_word_embeddings": "output.weight" not in shapes,
         "attention_bias": arch != "qwen2" and "blk.0.attn_q.bias" in shapes,
         "mlp_bias": "blk.0.ffn_gate.bias" in shapes,
@@ -105,6 +105,11 @@ def _config(reader) -> DecoderConfig:
         factors = next(t.data for t in reader.tensors if t.name == _ROPE_FACTORS)
         config["rope_scaling"] = _llama3_scaling(config, np.asarray(factors, dtype=np.float32))
     return DecoderConfig.from_hf(config)
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that rounds to this fp32 value: 1e-05, not 9.999999747378752e-06."""
+    return float(str(np.float32(value)))
 
 
 def _llama3_scaling(config: dict[str, Any], factors: np.ndarray) -> dict[str, Any]:

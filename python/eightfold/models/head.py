@@ -3,32 +3,35 @@
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 IGNORE = -100
 _CHUNK_LOGITS = 1 << 25
 
 
-def matmul_fp32(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a [M, K] @ b [K, N] with an fp32 result. On the CPU the operands are widened, which is exact."""
-    if a.dtype == torch.float32 and b.dtype == torch.float32:
-        return a @ b
-    if a.device.type == "cuda":
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+def _operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to `dtype`, in the form in which this device multiplies it into fp32: widened on the CPU."""
+    return x.to(dtype) if x.device.type == "cuda" else x.to(dtype).float()
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """fp32 a [M, K] @ b [K, N] of two operands."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight):
         ctx.save_for_backward(hidden, weight)
-        return matmul_fp32(hidden, weight.to(hidden.dtype).t())
+        return _matmul(_operand(hidden, hidden.dtype), _operand(weight, hidden.dtype).t())
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad = grad.to(hidden.dtype)
-        d_hidden = matmul_fp32(grad, weight.to(hidden.dtype)).to(hidden.dtype)
-        return d_hidden, matmul_fp32(grad.t(), hidden).to(weight.dtype)
+        grad = _operand(grad, hidden.dtype)
+        d_hidden = _matmul(grad, _operand(weight, hidden.dtype)).to(hidden.dtype)
+        return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype)
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -44,31 +47,32 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
-        w = weight.to(hidden.dtype)
+        w = _operand(weight, hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            h, valid = hidden[part], (labels[part] != IGNORE)[:, None]
+            h, valid = _operand(hidden[part], hidden.dtype), (labels[part] != IGNORE)[:, None]
             target = labels[part, None].clamp(min=0)
-            scores = matmul_fp32(h, w.t())
+            scores = _matmul(h, w.t())
             lse = scores.logsumexp(dim=1, keepdim=True)
             total += torch.where(valid, lse - scores.gather(1, target), 0).sum()
             if not (need_hidden or need_weight):
                 continue
             probability = scores.sub_(lse).exp_()
             probability.scatter_(1, target, probability.gather(1, target) - 1)
-            error = probability.masked_fill_(~valid, 0).to(hidden.dtype)
+            error = _operand(probability.masked_fill_(~valid, 0), hidden.dtype)
             if need_hidden:
-                d_hidden[part] = matmul_fp32(error, w)
+                d_hidden[part] = _matmul(error, w)
             if need_weight:
-                d_weight += matmul_fp32(error.t(), h)
+                d_weight += _matmul(error.t(), h)
         ctx.gradients = (d_hidden, d_weight)
         ctx.weight_dtype = weight.dtype
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         if ctx.gradients is None:
             raise RuntimeError("loss: its backward can run once only; call loss again instead of retain_graph=True")

@@ -12,10 +12,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .config import DecoderConfig
-from .decoder import Decoder
-from .gguf_loading import read_gguf
-from .precision import Precision
+from eightfold.models.config import DecoderConfig
+from eightfold.models.decoder import Decoder
+from eightfold.models.gguf_loading import read_gguf
+from eightfold.models.precision import Precision
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

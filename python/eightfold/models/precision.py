@@ -1,16 +1,21 @@
 """How a decoder computes its linears, norms and SwiGLU: in fp32, in bf16, or in FP8 through the fused functions.
 
-A strategy has four methods; the decoder reads the same whichever one it holds. `residual` is the stream that x is added
-to before the norm; the sum comes back as the new stream.
+The decoder reads the same whichever strategy it holds. `residual` is added to x before the norm; the sum comes back as
+the new stream, because one kernel does both.
 """
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from eightfold.nn import WeightCache
+from eightfold.nn import functional as fused
 
 Precision = Literal["fp32", "bf16", "fp8"]
 
@@ -26,6 +31,7 @@ class _RMSNorm(torch.autograd.Function):
         return (wide * rstd * weight.float()).to(x.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         x, weight, rstd = ctx.saved_tensors
         normed, grad = x.float() * rstd, grad.float()
@@ -44,11 +50,13 @@ class _SwiGLU(torch.autograd.Function):
         return (F.silu(gate.float()) * up.float()).to(gate.dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
-        gate, up = (x.float() for x in ctx.saved_tensors)
-        grad, s = grad.float(), torch.sigmoid(gate)
+        gate, up = ctx.saved_tensors
+        dtype, gate, up, grad = gate.dtype, gate.float(), up.float(), grad.float()
+        s = torch.sigmoid(gate)
         d_gate = grad * up * s * (1 + gate * (1 - s))
-        return d_gate.to(ctx.saved_tensors[0].dtype), (grad * gate * s).to(ctx.saved_tensors[0].dtype)
+        return d_gate.to(dtype), (grad * gate * s).to(dtype)
 
 
 class FP32:
@@ -57,32 +65,78 @@ class FP32:
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
 
-    def norm(self, x: torch.Tensor, norm, residual: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, normed stream)."""
-        stream = x if residual is None else x + residual
-        return stream, _RMSNorm.apply(stream, norm.weight, norm.eps)
+    def attention_output(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """A linear whose input attention has saved already."""
+        return self.linear(x, layer)
 
-    def norm_linears(self, x, norm, layers, residual=None) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
-        """(stream, the outputs of `layers` on the normed stream)."""
-        stream, y = self.norm(x, norm, residual)
-        return stream, tuple(self.linear(y, layer) for layer in layers)
+    def norm(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
+        return _RMSNorm.apply(x, norm.weight, norm.eps)
+
+    def norm_linears(self, x, norm, layers, residual=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(stream, the outputs of `layers` on the normed stream), stream = x + residual."""
+        stream = x if residual is None else x + residual
+        y = self.norm(stream, norm)
+        return stream, [self.linear(y, layer) for layer in layers]
 
     def norm_mlp(self, x, norm, mlp, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
-        """(stream, the SwiGLU block's output on the normed stream)."""
+        """(stream, the SwiGLU block's output on the normed stream), stream = x + residual."""
         stream, (gate, up) = self.norm_linears(x, norm, (mlp.gate_proj, mlp.up_proj), residual)
         return stream, self.linear(_SwiGLU.apply(gate, up), mlp.down_proj)
+
+    @contextmanager
+    def constant_weights(self):
+        """Inside, weights do not change: whatever is derived from them may be kept."""
+        yield
 
 
 class BF16(FP32):
     dtype = torch.bfloat16
 
     def linear(self, x, layer):
-        from ..nn.functional import bf16_linear
-
-        return bf16_linear(x, layer.weight, layer.bias)
+        return fused.bf16_linear(x, layer.weight, layer.bias)
 
 
-STRATEGIES = {"fp32": FP32, "bf16": BF16}
+class FP8(FP32):
+    dtype = torch.bfloat16
+
+    def __init__(self):
+        self._caches: dict[nn.Linear, WeightCache] | None = None
+
+    def _cache(self, layer):
+        return None if self._caches is None else self._caches.setdefault(layer, WeightCache())
+
+    def linear(self, x, layer):
+        return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer))
+
+    def attention_output(self, x, layer):
+        return fused.fp8_linear(x, layer.weight, layer.bias, save="input", cache=self._cache(layer))
+
+    def norm(self, x, norm):
+        return fused.fp8_rms_norm(x, norm.weight, norm.eps)
+
+    def norm_linears(self, x, norm, layers, residual=None):
+        weights, biases, caches = zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
+        stream, out = fused.fp8_norm_linears(x, norm.weight, norm.eps, weights, biases, residual, caches=caches)
+        return x if stream is None else stream, out
+
+    def norm_mlp(self, x, norm, mlp, residual=None):
+        layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        if mlp.gate_proj.bias is not None:
+            raise ValueError("mlp_bias: the FP8 SwiGLU block has no biases, got True; use precision='bf16'")
+        weights, caches = [l.weight for l in layers], [self._cache(l) for l in layers]
+        stream, out = fused.fp8_norm_swiglu_mlp(x, norm.weight, norm.eps, *weights, residual, caches=caches)
+        return x if stream is None else stream, out
+
+    @contextmanager
+    def constant_weights(self):
+        self._caches = {}
+        try:
+            yield
+        finally:
+            self._caches = None
+
+
+STRATEGIES = {"fp32": FP32, "bf16": BF16, "fp8": FP8}
 
 
 def strategy(precision: Precision) -> FP32:

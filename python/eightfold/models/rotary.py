@@ -6,7 +6,7 @@ import math
 
 import torch
 
-from .config import DecoderConfig
+from eightfold.models.config import DecoderConfig
 
 
 def inverse_frequencies(config: DecoderConfig) -> torch.Tensor:
