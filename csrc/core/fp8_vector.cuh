@@ -50,10 +50,15 @@ struct Octet<__nv_bfloat16> {
   static __device__ uint32_t widest_bits(uint32_t word) { return max(word << 16, word & 0xFFFF0000u); }
 };
 
+// How many of the eight elements from (row, col) exist.
+__device__ __forceinline__ int octet_count(int64_t row, int64_t col, int64_t rows, int64_t cols) {
+  return row < rows ? static_cast<int>(max(min(cols - col, int64_t{8}), int64_t{0})) : 0;
+}
+
 // Loads eight elements of which the first `count` exist; the rest are zero. kVector: the address is a multiple of 16 bytes and
 // all eight exist or none (count <= 0).
 template <bool kVector, class T>
-__device__ __forceinline__ Octet<T> load_octet(const T* at, int64_t count) {
+__device__ __forceinline__ Octet<T> load_octet(const T* at, int count) {
   Octet<T> octet{};
   if constexpr (kVector) {
     if (count <= 0) return octet;
@@ -77,7 +82,7 @@ __device__ __forceinline__ Octet<T> load_octet(const T* at, int64_t count) {
 
 // Stores eight elements of which the first `count` exist.
 template <class T>
-__device__ __forceinline__ void store_octet(T* at, const Octet<T>& octet, int64_t count, bool vector) {
+__device__ __forceinline__ void store_octet(T* at, const Octet<T>& octet, int count, bool vector) {
   if (vector && count >= 8) {
 #pragma unroll
     for (int i = 0; i < Octet<T>::kWords; i += 4)
@@ -138,7 +143,7 @@ __device__ __forceinline__ void decode4(uint32_t codes, float* out) {
 }
 
 // Eight codes of a row, of which the first `count` exist. Vector: the address is a multiple of 8.
-__device__ __forceinline__ void store_codes8(uint8_t* at, uint2 codes, int64_t count, bool vector) {
+__device__ __forceinline__ void store_codes8(uint8_t* at, uint2 codes, int count, bool vector) {
   if (vector && count >= 8) {
     *reinterpret_cast<uint2*>(at) = codes;
     return;
@@ -149,7 +154,7 @@ __device__ __forceinline__ void store_codes8(uint8_t* at, uint2 codes, int64_t c
 }
 
 template <bool kVector>
-__device__ __forceinline__ uint2 load_codes8(const uint8_t* at, int64_t count) {
+__device__ __forceinline__ uint2 load_codes8(const uint8_t* at, int count) {
   uint2 codes = make_uint2(0, 0);
   if constexpr (kVector) {
     if (count > 0) codes = __ldg(reinterpret_cast<const uint2*>(at));

@@ -49,10 +49,64 @@ struct TileShape {
   int64_t row, col;    // where the tile starts
 };
 
+// A tile's codes by column. A slot holds the 8 rows of one band; slots are placed by XOR of the column octet, so that neither
+// half-warps walking octets nor pieces of 16 rows meet in a bank.
+struct ColumnCodes {
+  uint2 slots[kTile * kTile / 8];
+
+  __device__ uint2& at(int column, int band) { return slots[column * 16 + (band ^ (column >> 3))]; }
+  __device__ void put(int column, int band, uint2 codes) { at(column, band) = codes; }
+  __device__ uint2 get(int column, int band) { return at(column, band); }
+
+  // Bands 2 * rows16 and 2 * rows16 + 1 lie side by side, in this order only for even octets.
+  __device__ uint4* piece(int column, int rows16) {
+    return reinterpret_cast<uint4*>(&slots[column * 16 + ((rows16 ^ (column >> 4)) << 1)]);
+  }
+  static __device__ uint4 ordered(uint4 v, int column) { return column >> 3 & 1 ? make_uint4(v.z, v.w, v.x, v.y) : v; }
+
+  // Pieces of 16 rows of a column between shared and global memory, where codes[c * ld + r]. `vector`: 16-byte aligned columns.
+  __device__ __forceinline__ void store(uint8_t* codes, int64_t ld, const TileShape& tile, bool vector) {
+#pragma unroll
+    for (int i = 0; i < kTile * kTile / 16 / kTileThreads; ++i) {
+      const int index = i * kTileThreads + threadIdx.x, column = index >> 3, rows16 = index & 7;
+      const int64_t row = tile.row + rows16 * 16;
+      if (tile.col + column >= tile.cols || row >= tile.rows) continue;
+      const uint4 v = ordered(*piece(column, rows16), column);
+      uint8_t* to = codes + (tile.col + column) * ld + row;
+      if (vector && row + 16 <= tile.rows) {
+        *reinterpret_cast<uint4*>(to) = v;
+      } else {
+        const int count = static_cast<int>(min(tile.rows - row, int64_t{16}));
+        store_codes8(to, make_uint2(v.x, v.y), count, false);
+        store_codes8(to + 8, make_uint2(v.z, v.w), count - 8, false);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void load(const uint8_t* codes, int64_t ld, const TileShape& tile, bool vector) {
+#pragma unroll
+    for (int i = 0; i < kTile * kTile / 16 / kTileThreads; ++i) {
+      const int index = i * kTileThreads + threadIdx.x, column = index >> 3, rows16 = index & 7;
+      const int64_t row = tile.row + rows16 * 16;
+      if (tile.col + column >= tile.cols || row >= tile.rows) continue;
+      const uint8_t* from = codes + (tile.col + column) * ld + row;
+      uint4 v;
+      if (vector && row + 16 <= tile.rows) {
+        v = __ldg(reinterpret_cast<const uint4*>(from));
+      } else {
+        const int count = static_cast<int>(min(tile.rows - row, int64_t{16}));
+        const uint2 low = load_codes8<false>(from, count), high = load_codes8<false>(from + 8, count - 8);
+        v = make_uint4(low.x, low.y, high.x, high.y);
+      }
+      *piece(column, rows16) = ordered(v, column);
+    }
+  }
+};
+
 struct TileShared {
   uint32_t amax[kTileThreads / 32][kTile];
   float scale[kTile], inverse[kTile];
-  uint2 codes[kTile * kTile / 8];  // [column][16 bands], band XOR column octet
+  ColumnCodes codes;
 };
 
 struct TileThread {
@@ -103,12 +157,12 @@ __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBandRows
   if (me.lane % 2 == 0 && own_row < tile.rows) out.scales[own_row + tile.col / kTile * out.row_scale_ld] = own.scale;
 
   const bool vector = tile.cols % 8 == 0;
+  const int count = octet_count(0, col, 1, tile.cols);
 #pragma unroll
   for (int p = 0; p < kBandRows; ++p) {
     int owner = (me.lane & 16) | (p << 1);
     GroupDivider by = {__shfl_sync(kWholeWarp, own.scale, owner), __shfl_sync(kWholeWarp, own.inverse, owner)};
-    if (first_row + p < tile.rows)
-      store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), tile.cols - col, vector);
+    if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), count, vector);
   }
 }
 
@@ -127,6 +181,7 @@ __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[kBandRows]
 
   const bool upper = me.lane & 1, vector = tile.cols % 8 == 0;
   const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int count = octet_count(0, col, 1, tile.cols);
   const int64_t own_row = first_row + (upper ? 4 : 0);
   if (tile.col + (me.octet & ~1) * 8 < tile.cols) {  // the group exists
     float* scales = out.scales + own_row + (tile.col / 16 + me.octet / 2) * out.row_scale_ld;
@@ -145,34 +200,7 @@ __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[kBandRows]
     for (int half = 0; half < 2; ++half) {
       const int p = half * 4 + i;
       uint2 codes = encode_octet(values[p], GroupDivider::of(upper == (half == 1) ? own[i] : other));
-      if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, codes, tile.cols - col, vector);
-    }
-  }
-}
-
-// Eight codes (rows of one band) of tile column `column` into their slot.
-__device__ __forceinline__ void stage_column(TileShared& shared, int column, int band, uint2 codes) {
-  shared.codes[column * 16 + (band ^ (column >> 3))] = codes;
-}
-
-// Writes the staged tile, 16 rows of a column a piece. `vector`: columns start at multiples of 16 bytes.
-__device__ __forceinline__ void store_columns(const TileShared& shared, uint8_t* codes, int64_t ld, const TileShape& tile, bool vector) {
-#pragma unroll
-  for (int i = 0; i < kTile * kTile / 16 / kTileThreads; ++i) {
-    const int piece = i * kTileThreads + threadIdx.x;
-    const int column = piece >> 3, rows16 = piece & 7, octet = column >> 3;
-    const int64_t row = tile.row + rows16 * 16;
-    if (tile.col + column >= tile.cols || row >= tile.rows) continue;
-    uint4 v = *reinterpret_cast<const uint4*>(&shared.codes[column * 16 + ((rows16 ^ (octet >> 1)) << 1)]);
-    if (octet & 1) v = make_uint4(v.z, v.w, v.x, v.y);
-    uint8_t* at = codes + (tile.col + column) * ld + row;
-    if (vector && row + 16 <= tile.rows) {
-      *reinterpret_cast<uint4*>(at) = v;
-    } else {
-      const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-      for (int b = 0; b < 16; ++b)
-        if (row + b < tile.rows) at[b] = static_cast<uint8_t>(words[b / 4] >> (b % 4 * 8));
+      if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, codes, count, vector);
     }
   }
 }
@@ -228,11 +256,11 @@ __device__ __forceinline__ void cast_columns(const Octet<T> (&values)[kBandRows]
 #pragma unroll
       for (int p = 0; p < kBandRows; ++p) q[p] = by[j].quotient(values[p].value(quad * 4 + j));
       uint2 codes = make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7]));
-      stage_column(shared, first + j, me.band, by[j].is_nan() ? make_uint2(kE4M3NaN4, kE4M3NaN4) : codes);
+      shared.codes.put(first + j, me.band, by[j].is_nan() ? make_uint2(kE4M3NaN4, kE4M3NaN4) : codes);
     }
   }
   __syncthreads();
-  store_columns(shared, out.col_codes, out.col_ld, tile, true);
+  shared.codes.store(out.col_codes, out.col_ld, tile, true);
 }
 
 template <class T>
@@ -252,10 +280,10 @@ __device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBandRows],
 
   const bool vector = tile.cols % 8 == 0;
   const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int count = octet_count(0, col, 1, tile.cols);
 #pragma unroll
   for (int p = 0; p < kBandRows; ++p)
-    if (first_row + p < tile.rows)
-      store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), tile.cols - col, vector);
+    if (first_row + p < tile.rows) store_codes8(out.codes + (first_row + p) * tile.cols + col, encode_octet(values[p], by), count, vector);
 }
 
 // Every output of one value. All threads of the CTA take part. Calls may follow each other without a barrier: each barrier
