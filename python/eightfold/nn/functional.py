@@ -71,7 +71,8 @@ def fp8_norm_linears(
     gradient of s is added inside the norm's backward kernel, and the gradients of the outputs are summed in float32.
     """
     name = "fp8_norm_linears"
-    x, residual = _activation(name, x), _residual(name, x, residual)
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
     biases = [None] * len(weights) if biases is None else list(biases)
     caches = (None,) * len(weights) if caches is None else tuple(caches)
     if not len(weights) == len(biases) == len(caches) or not weights:
@@ -129,7 +130,8 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _swiglu(name, x, residual, norm_weight, eps, weights, caches):
-    x, residual = _activation(name, x), _residual(name, x, residual)
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
     caches = (None,) * 3 if caches is None else tuple(caches)
     gate_weight, up_weight, down_weight = weights
     _check_weight(name, "gate_weight", gate_weight, x.shape[-1], None)
