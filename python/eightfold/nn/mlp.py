@@ -35,4 +35,6 @@ class FP8SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.gate_proj, self.up_proj, self.down_proj
-        return functional.fp8_swiglu_mlp(x, *(layer.weight for layer in layers), caches=[layer.cache for layer in layers])
+        return functional.fp8_swiglu_mlp(
+            x, *(layer.weight for layer in layers), caches=[layer.cache for layer in layers]
+        )
