@@ -19,9 +19,9 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "quant/views.h"
+#include "quant/cast.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 
 constexpr int64_t kBackwardRows = 16;
 
@@ -33,19 +33,19 @@ struct RmsNorm {
   DType dtype, weight_dtype;
   int64_t rows, cols;
   float eps;
-  void* sum;        // written when residual is given
-  void* y;          // null: not wanted
-  RowCodes y_rows;  // of y
-  ColCodes y_cols;  // of y; needs rstd
-  RowCodes x_rows;  // of s
-  float* rstd;      // [rows], null: not wanted
+  void* sum;         // written when residual is given
+  void* y;           // null: not wanted
+  Quantized y_rows;  // of y
+  Quantized y_cols;  // of y; needs rstd
+  Quantized x_rows;  // of s
+  float* rstd;       // [rows], null: not wanted
 };
 
 // dy, residual_grad and dx are [rows, cols] contiguous in `dtype`; s comes as x in `dtype` or, when x is null, as codes.
 struct RmsNormBackward {
   const void* dy;
   const void* x;
-  RowCodesIn x_codes;
+  RowCodes x_codes;
   const float* rstd;
   const void* weight;
   const void* residual_grad;  // null: none
@@ -64,4 +64,4 @@ constexpr int64_t kMaxNormCols = 16384;
 void rms_norm_sm90(const RmsNorm& op, void* stream);
 void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream);
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

@@ -8,7 +8,7 @@
 #include "quant/norm.h"
 #include "quant/tile_cpu.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
 
 // Sums run in 16 lanes and end in one tree: the order depends on the length alone, not on the instruction set.
@@ -152,4 +152,4 @@ void rms_norm_backward_cpu(const RmsNormBackward& op) {
   });
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

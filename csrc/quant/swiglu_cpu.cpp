@@ -6,7 +6,7 @@
 #include "quant/swiglu.h"
 #include "quant/tile_cpu.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
 
 EF_CPU_CLONES void swiglu(const float* gate, const float* up, int64_t n, float* h) {
@@ -68,4 +68,4 @@ void swiglu_backward_quantize_cpu(const SwigluBackward& op) {
   });
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

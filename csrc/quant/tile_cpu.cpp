@@ -6,7 +6,7 @@
 #include "core/fp8.h"
 #include "core/threads.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
 
 EF_CPU_CLONES void widen(const uint16_t* x, int64_t n, float* out) {
@@ -69,13 +69,13 @@ void round_row(float* values, DType dtype, int64_t n) {
   if (dtype == DType::bf16) round_to_bf16(values, n);
 }
 
-void quantize_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t cols, const RowCodes& out) {
+void quantize_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t cols, const Quantized& out) {
   for (int64_t i = 0; i < n; i += kGroup)
     out.scales[row + (col + i) / kGroup * out.scale_ld] =
         quantize_group(values + i, std::min(kGroup, n - i), out.codes + row * cols + col + i);
 }
 
-void quantize_columns(const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols, const ColCodes& out) {
+void quantize_columns(const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols, const Quantized& out) {
   float scales[kGroup];
   uint8_t codes[kGroup * kGroup];
   column_scales(tile, rows, scales);
@@ -87,4 +87,4 @@ void quantize_columns(const float* tile, int64_t row, int64_t col, int64_t rows,
   }
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

@@ -4,9 +4,12 @@
 #include <cstdint>
 
 #include "core/dtype.h"
-#include "quant/views.h"
+#include "quant/cast.h"
 
-namespace eightfold {
+namespace eightfold::quant {
+
+constexpr int64_t kGroup = 128;
+inline int64_t groups_of(int64_t n) { return (n + kGroup - 1) / kGroup; }
 
 // n elements of `x` (bf16 or f32) from element `offset` on.
 void load_row(const void* x, DType dtype, int64_t offset, int64_t n, float* out);
@@ -17,8 +20,8 @@ void store_row(const float* values, DType dtype, int64_t offset, int64_t n, void
 void round_row(float* values, DType dtype, int64_t n);
 
 // Columns [col, col + n) of row `row` of a [*, cols] tensor; col is a multiple of 128.
-void quantize_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t cols, const RowCodes& out);
+void quantize_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t cols, const Quantized& out);
 // A tile of rows x cols <= 128 x 128 at (row, col), element (r, c) at tile[r * 128 + c]; row is a multiple of 128.
-void quantize_columns(const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols, const ColCodes& out);
+void quantize_columns(const float* tile, int64_t row, int64_t col, int64_t rows, int64_t cols, const Quantized& out);
 
-}  // namespace eightfold
+}  // namespace eightfold::quant
