@@ -61,18 +61,14 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, precision: str) ->
     if name == "adamw8":
         from eightfold.optim import AdamW
 
-        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps)
+        limit = config.max_grad_norm or math.inf  # also with no limit: the log wants the norm
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=limit)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 
 def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all state tensors in this process, the step counters left out."""
-    tensors = [
-        value
-        for state in optimizer.state.values()
-        for key, value in state.items()
-        if isinstance(value, torch.Tensor) and key != "step"
-    ]
+    """Bytes of all state tensors in this process."""
+    tensors = [value for state in optimizer.state.values() for value in state.values() if torch.is_tensor(value)]
     local = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
@@ -194,9 +190,12 @@ class _Run:
             loss = self.model.loss(*self.corpus.train.batch(part, world.device), reduction="sum") / targets
             (loss * world.size).backward()  # FSDP averages gradients over the processes
             share += loss.detach()
-        limit = config.optimizer.max_grad_norm or math.inf
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
-        self.optimizer.step()
+        if hasattr(self.optimizer, "grad_norm"):  # eightfold's scales gradients as it reads them
+            self.optimizer.step()
+            norm = self.optimizer.grad_norm
+        else:
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), config.optimizer.max_grad_norm or math.inf)
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         return share, norm, rate
