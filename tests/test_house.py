@@ -23,8 +23,10 @@ def test_op_is_whole(name):
     """A reference of the same signature, a CPU kernel, a fake kernel, and a CUDA kernel where CUDA was built in."""
     short = name.removeprefix("eightfold::")
     schema = getattr(torch.ops.eightfold, short).default._schema
-    specification = inspect.signature(getattr(reference, short))
-    assert [argument.name for argument in schema.arguments] == list(specification.parameters)
+    specification = list(inspect.signature(getattr(reference, short)).parameters.values())
+    count = len(schema.arguments)
+    assert [argument.name for argument in schema.arguments] == [parameter.name for parameter in specification[:count]]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in specification[count:])
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
     assert torch._library.simple_registry.singleton.find(name).fake_impl.kernel is not None
     if eightfold.build_info()["cuda"]:

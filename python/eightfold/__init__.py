@@ -8,9 +8,6 @@ from eightfold import reference
 from eightfold.ops import (
     QuantizedTensor,
     build_info,
-    dequantize,
-    fp8_gemm,
-    fp8_gemm_accumulate_,
     quantize,
     quantize_both,
     requantize,
@@ -20,9 +17,6 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "build_info",
-    "dequantize",
-    "fp8_gemm",
-    "fp8_gemm_accumulate_",
     "quantize",
     "quantize_both",
     "reference",
