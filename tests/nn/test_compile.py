@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 from torch import nn
+
+from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 
 
 class Model(nn.Module):

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, convert, functional
 from torch import nn
+
+from eightfold.nn import FP8Linear, convert, functional
 
 HIDDEN, INTERMEDIATE, HEADS, BATCH, LENGTH = 512, 1376, 8, 2, 256
 U = BATCH * LENGTH * HIDDEN * 2

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eightfold.ops import activation, norm, quant  # noqa: F401  (torch.ops.eightfold and its fakes)
+from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
 
 ops = torch.ops.eightfold
 
