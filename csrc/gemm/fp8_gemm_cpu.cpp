@@ -1,0 +1,117 @@
+// Chooses the kernel for this processor; holds the kernel for any other one.
+#include "gemm/fp8_gemm_cpu.h"
+
+#include <cstdlib>
+#include <memory>
+#include <new>
+#if defined(__x86_64__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace eightfold {
+
+void fp8_gemm_cpu_avx2(const Fp8GemmArgs& args);
+void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args);
+
+float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats) {
+  struct Free {
+    void operator()(float* p) const { std::free(p); }
+  };
+  struct Buffer {
+    std::unique_ptr<float, Free> memory;
+    int64_t floats = 0;
+  };
+  thread_local Buffer buffers[static_cast<int>(Fp8GemmScratch::count)];
+  Buffer& buffer = buffers[static_cast<int>(slot)];
+  if (buffer.floats < floats) {
+    buffer.memory.reset();
+    buffer.floats = 0;
+    int64_t bytes = ceil_div(floats * 4, 4096) * 4096;
+    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    if (!buffer.memory) throw std::bad_alloc();
+    buffer.floats = bytes / 4;
+  }
+  return buffer.memory.get();
+}
+
+namespace {
+
+// Four lanes, which every 64-bit processor has; products and sums are rounded separately.
+struct Portable {
+  typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
+  static constexpr int kLanes = 4, kVecs = 2, kMr = 4, kCodes = 1, kStageRows = 4;
+  static constexpr int64_t kDepth = 2, kRowBlock = 64;
+
+  static Vec zero() { return Vec{}; }
+  static Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+  static void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+  static Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
+  static Vec multiply(Vec a, Vec b) { return a * b; }
+  static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
+  static Vec dot_step(Vec a, Vec b, Vec c) { return a * b + c; }
+
+  template <int kRows, bool kScaleUp>
+  static void transpose_decode(const uint8_t* stage, float* dst, int stride) {
+    int rows = stride < kRows ? stride : kRows;
+    for (int k = 0; k < kStage; ++k, dst += stride)
+      for (int r = 0; r < rows; ++r) dst[r] = e4m3_to_float(stage[r * kStage + k]);
+  }
+};
+
+void fp8_gemm_cpu_portable(const Fp8GemmArgs& args) { Fp8GemmCpu<Portable>::run(args); }
+
+bool always() { return true; }
+#if defined(__x86_64__)
+bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+constexpr Fp8GemmCpuKernel kKernels[] = {
+#if defined(__x86_64__)
+    {"avx512", has_avx512, fp8_gemm_cpu_avx512},
+    {"avx2", has_avx2, fp8_gemm_cpu_avx2},
+#endif
+    {"portable", always, fp8_gemm_cpu_portable},
+};
+
+const Fp8GemmCpuKernel& chosen() {
+  static const Fp8GemmCpuKernel* const kernel = [] {
+    const Fp8GemmCpuKernel* k = kKernels;
+    while (!k->supported()) ++k;
+    return k;
+  }();
+  return *kernel;
+}
+
+// No terms to add: the bias, or zero.
+void write_empty_sums(const Fp8GemmArgs& args) {
+  if (args.accumulate) return;
+  for (int64_t i = 0; i < args.m; ++i)
+    for (int64_t j = 0; j < args.n; ++j) {
+      float bias = 0.0f;
+      if (args.bias && args.bias_type == DType::f32) bias = static_cast<const float*>(args.bias)[j];
+      if (args.bias && args.bias_type == DType::bf16) bias = bf16_to_float(static_cast<const uint16_t*>(args.bias)[j]);
+      if (args.out_type == DType::f32) static_cast<float*>(args.out)[i * args.ldo + j] = bias;
+      if (args.out_type == DType::bf16) static_cast<uint16_t*>(args.out)[i * args.ldo + j] = float_to_bf16(bias);
+    }
+}
+
+}  // namespace
+
+const Fp8GemmCpuKernel* fp8_gemm_cpu_kernels(int* count) {
+  *count = static_cast<int>(sizeof(kKernels) / sizeof(kKernels[0]));
+  return kKernels;
+}
+
+const char* fp8_gemm_cpu_isa() { return chosen().isa; }
+
+void fp8_gemm_cpu(const Fp8GemmArgs& args) {
+  if (args.m == 0 || args.n == 0) return;
+  args.k == 0 ? write_empty_sums(args) : chosen().run(args);
+}
+
+}  // namespace eightfold

@@ -1,0 +1,45 @@
+"""The FP8 matrix product in plain torch: blocks of 128 along K in turn, each promoted to float32 with its scales."""
+
+import torch
+from torch import Tensor
+
+
+def _product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_group_rows: int, dtype: torch.dtype) -> Tensor:
+    """a @ b^T in ``dtype``; row i of the result depends on row i of ``a`` only up to rounding inside a block."""
+    (rows, depth), cols = a.shape, b.shape[0]
+    out = torch.zeros(rows, cols, dtype=dtype, device=a.device)
+    for block, start in enumerate(range(0, depth, 128)):
+        a_block = a[:, start : start + 128].to(dtype)
+        b_block = b[:, start : start + 128].to(dtype)
+        b_scale = b_scales[:, block].repeat_interleave(b_group_rows)[:cols]
+        scale = a_scales[:, block, None].to(dtype) * b_scale[None, :].to(dtype)
+        out += (a_block @ b_block.t()) * scale
+    return out
+
+
+def fp8_gemm(
+    a: Tensor,
+    a_scales: Tensor,
+    b: Tensor,
+    b_scales: Tensor,
+    b_group_rows: int,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    compute_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]), rounded once to ``out_dtype``.
+
+    ``a_scales`` is [M, ceil(K/128)]; ``b_scales`` is [ceil(N/b_group_rows), ceil(K/128)]. The operator computes in
+    float32; ``compute_dtype=torch.float64`` gives the value that errors are measured against.
+    """
+    out = _product(a, a_scales, b, b_scales, b_group_rows, compute_dtype)
+    if bias is not None:
+        out += bias.to(compute_dtype)
+    return out.to(out_dtype)
+
+
+def fp8_gemm_accumulate_(
+    out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_group_rows: int
+) -> None:
+    """``out`` [M, N] float32 += ``a`` @ ``b``^T."""
+    out += _product(a, a_scales, b, b_scales, b_group_rows, torch.float32)
