@@ -1,8 +1,10 @@
-"""Loads libeightfold.so: after this import, torch.ops.eightfold.* exists."""
+"""Loads libeightfold.so: after this import, torch.ops.eightfold.* exists, for CUDA too (ops/_fallback.py)."""
 
 from pathlib import Path
 
 import torch
+
+from eightfold.ops import _fallback
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libeightfold.so"
 
@@ -12,3 +14,4 @@ if not LIBRARY_PATH.exists():
         "or install the wheel."
     )
 torch.ops.load_library(str(LIBRARY_PATH))
+_fallback.install_where_needed()

@@ -1,7 +1,8 @@
-"""Memory layouts of FP8 codes and scales, in one place for fakes, references and tests (csrc/bindings/common.cpp says the same).
+"""Memory layouts of FP8 codes and scales, in one place for fakes, references and tests.
 
-A quantised tensor of logical shape [rows, cols] and group [gr, gc] has codes of that shape and scales [ceil(rows/gr), ceil(cols/gc)],
-so code[i, j] * scale[i // gr, j // gc] is its value whatever the strides. The strides are what the matrix kernels want:
+A quantised tensor of logical shape [rows, cols] and group [gr, gc] has codes of that shape and scales
+[ceil(rows/gr), ceil(cols/gc)], so code[i, j] * scale[i // gr, j // gc] is its value whatever the strides. The strides
+are what the matrix kernels want (csrc/bindings/common.cpp allocates the same):
 
 ========== ============================== =================================================
 group      codes                          scales

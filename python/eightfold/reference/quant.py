@@ -64,7 +64,8 @@ def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
 
 def dequantize(codes: Tensor, scales: Tensor, group: list[int], dtype: torch.dtype) -> Tensor:
     """codes * scales, multiplied in float32 and rounded once to ``dtype``; row-major."""
-    return (codes.float() * _expand(scales, (group[0], group[1]), codes.shape)).to(dtype).contiguous()
+    values = (codes.float() * _expand(scales, (group[0], group[1]), codes.shape)).to(dtype)
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def requantize(codes: Tensor, scales: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -74,4 +75,4 @@ def requantize(codes: Tensor, scales: Tensor, power_of_two: bool = False) -> tup
 
 def transpose_codes(codes: Tensor) -> Tensor:
     """Row-major copy of ``codes``.T; exact. With group (128, 128) the scales transpose along."""
-    return codes.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).t().clone(memory_format=torch.contiguous_format).view(torch.float8_e4m3fn)

@@ -1,0 +1,27 @@
+"""`python -m bench [family ...] [--device cpu|cuda] [--results DIR]`."""
+
+import argparse
+import importlib
+from pathlib import Path
+
+from . import FAMILIES
+from .common import Bench
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="eightfold bench", description="Time the kernels of this machine.")
+    parser.add_argument("families", nargs="*", help=f"which ({', '.join(FAMILIES)}); default: all")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
+    parser.add_argument("--results", type=Path, help="also write JSON lines under this folder")
+    options = parser.parse_args(arguments)
+    unknown = set(options.families) - set(FAMILIES)
+    if unknown:
+        parser.error(f"unknown family {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES)}")
+    for family in options.families or FAMILIES:
+        bench = Bench(options.device)
+        importlib.import_module(f"{__package__}.{family}").run(bench)
+        bench.report(family, options.results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""SwiGLU fused with casts, forward and backward. Floor: inputs and outputs once, at copy bandwidth."""
+
+import torch
+
+from eightfold import reference
+
+from .common import Bench, Case, compiled, relative_error
+
+ops = torch.ops.eightfold
+
+
+def run(bench: Bench) -> None:
+    cuda = bench.device.type == "cuda"
+    for rows, cols in ((16384, 11008), (16384, 18944)) if cuda else ((512, 1536), (2048, 4096)):
+        gate, up, dh = (torch.randn(rows, cols, device=bench.device, dtype=torch.bfloat16) for _ in range(3))
+        n, shape = rows * cols, f"{rows}x{cols}"
+        for training in (False, True):
+            bench.add(
+                Case(
+                    f"swiglu_quantize {'training' if training else 'inference'}",
+                    shape,
+                    ours=lambda g=gate, u=up, t=training: ops.swiglu_quantize(g, u, t),
+                    error=lambda g=gate, u=up: _error(
+                        ops.swiglu_quantize(g, u, False)[:2], reference.swiglu_quantize(g, u, False)[:2]
+                    ),
+                    tolerance=5e-3,
+                    bytes=4 * n + (1 + 2 * training) * n * (1 + 4 / 128),
+                    peers={"torch.compile": compiled(_plain, gate, up)} if cuda and not training else {},
+                )
+            )
+        saved = ops.swiglu_quantize(gate, up, True)[2:]
+        bench.add(
+            Case(
+                "swiglu_backward_quantize",
+                shape,
+                ours=lambda d=dh, s=saved: ops.swiglu_backward_quantize(d, *s),
+                error=lambda d=dh, s=saved: _error(
+                    ops.swiglu_backward_quantize(d, *s)[:2], reference.swiglu_backward_quantize(d, *s)[:2]
+                ),
+                tolerance=5e-3,
+                bytes=2 * n + 7 * n * (1 + 4 / 128),
+            )
+        )
+
+
+def _error(got, expected) -> float:
+    return relative_error(*(reference.dequantize(c, s, [1, 128], torch.float32) for c, s in (got, expected)))
+
+
+def _plain(gate, up):
+    groups = (torch.nn.functional.silu(gate.float()) * up.float()).view(gate.shape[0], -1, 128)
+    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+    return (groups / scales).to(torch.float8_e4m3fn).view(gate.shape), scales[..., 0].t().contiguous()

@@ -1,0 +1,164 @@
+"""What every bench shares: correctness gate, interleaved timing with a cold L2, ceilings, one table, JSON lines.
+
+The chip throttles, so a time alone says little: each line carries its share of a ceiling measured in the same run and
+the ratio to the best peer, timed in turn with ours.
+"""
+
+import json
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Case:
+    """One shape of one op. `ours` and each peer run the same work on the same inputs."""
+
+    op: str
+    shape: str
+    ours: Run
+    error: Callable[[], float]  # against the reference, relative; checked before anything is timed
+    tolerance: float
+    flop: float = 0.0
+    bytes: float = 0.0
+    peers: dict[str, Run] = field(default_factory=dict)
+
+
+@dataclass
+class Line:
+    op: str
+    shape: str
+    us: float
+    tflops: float | None
+    gbps: float | None
+    share_of_ceiling: float
+    peer: str | None
+    ratio_to_peer: float | None
+    peers_us: dict[str, float]
+    error: float
+
+
+class Bench:
+    """Times cases on one device; `ceilings()` are measured when it is made and again when it reports."""
+
+    def __init__(self, device: str | None = None, rounds: int = 20):
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.rounds = rounds if self.device.type == "cuda" else max(3, rounds // 4)
+        self.flush = (
+            torch.empty(256 << 20, dtype=torch.int8, device=self.device) if self.device.type == "cuda" else None
+        )
+        self.copy_gbps, self.matmul_tflops = self._ceilings()
+        self.lines: list[Line] = []
+
+    def _ceilings(self) -> tuple[float, float]:
+        cuda = self.device.type == "cuda"
+        source = torch.empty((1 << 31) if cuda else (1 << 27), dtype=torch.int8, device=self.device)
+        target = torch.empty_like(source)
+        n, dtype = (8192, torch.bfloat16) if cuda else (1024, torch.float32)
+        a, b = (torch.randn(n, n, device=self.device, dtype=dtype) for _ in range(2))
+        times = self._interleaved({"copy": lambda: target.copy_(source), "matmul": lambda: a @ b.t()})
+        return 2 * source.numel() / times["copy"] / 1e3, 2 * n**3 / times["matmul"] / 1e6
+
+    def _time_once(self, run: Run) -> float:
+        if self.device.type == "cpu":
+            start = time.perf_counter()
+            run()
+            return (time.perf_counter() - start) * 1e6
+        self.flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(20_000)  # the launches below queue up behind this, so host time is not measured
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) * 1e3
+
+    def _interleaved(self, runs: dict[str, Run]) -> dict[str, float]:
+        for run in runs.values():
+            for _ in range(2):
+                run()
+        samples: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(self.rounds):
+            for name, run in runs.items():
+                samples[name].append(self._time_once(run))
+        return {name: statistics.median(values) for name, values in samples.items()}
+
+    def add(self, case: Case) -> Line:
+        error = case.error()
+        if not error <= case.tolerance:  # NaN fails too
+            raise SystemExit(f"{case.op} {case.shape}: error {error:.3g} is over {case.tolerance:.3g}; not timed")
+        usable = {}
+        for name, run in case.peers.items():
+            try:
+                run()
+                usable[name] = run
+            except Exception as reason:  # a peer that cannot take this shape is left out, visibly
+                print(f"  peer {name} left out at {case.shape}: {str(reason).splitlines()[0][:90]}")
+        times = self._interleaved({"ours": case.ours, **usable})
+        us = times.pop("ours")
+        best = min(times, key=times.get) if times else None
+        tflops = case.flop / us / 1e6 if case.flop else None
+        gbps = case.bytes / us / 1e3 if case.bytes else None
+        floor_us = max(case.bytes / self.copy_gbps / 1e3, 0.0 if case.bytes else case.flop / self.matmul_tflops / 1e6)
+        line = Line(
+            case.op, case.shape, us, tflops, gbps, floor_us / us, best, times[best] / us if best else None, times, error
+        )
+        self.lines.append(line)
+        print(self._row(line), flush=True)
+        return line
+
+    @staticmethod
+    def _row(line: Line) -> str:
+        rate = f"{line.tflops:8.1f} TFLOP/s" if line.tflops else f"{line.gbps:8.0f} GB/s   "
+        peer = f"{line.ratio_to_peer:5.2f}x {line.peer}" if line.peer else "    - no peer"
+        return (
+            f"{line.op:28s} {line.shape:26s} {line.us:10.1f} us {rate} {100 * line.share_of_ceiling:5.0f} % of ceiling"
+            f"  {peer:28s} error {line.error:.1e}"
+        )
+
+    def report(self, family: str, results: Path | None) -> None:
+        """Prints the ceilings and appends this run to ``results``/<device>/<family>.jsonl when asked."""
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        machine = {
+            "device": name,
+            "torch": torch.__version__,
+            "commit": _commit(),
+            "copy_gbps": self.copy_gbps,
+            "bf16_matmul_tflops" if self.device.type == "cuda" else "fp32_matmul_tflops": self.matmul_tflops,
+        }
+        print(f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, largest matmul {self.matmul_tflops:.1f} TFLOP/s")
+        if results is None:
+            return
+        path = results / name.lower().replace(" ", "-") / f"{family}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as out:
+            for record in ({"machine": machine}, *({"line": asdict(line)} for line in self.lines)):
+                out.write(json.dumps(record) + "\n")
+        print(f"written: {path}")
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    found = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
+
+
+def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+    """Frobenius norm of the difference over that of the reference, in float64."""
+    reference = reference.double()
+    return ((value.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()
+
+
+def compiled(function: Callable, *inputs: torch.Tensor) -> Run:
+    """`function` of these inputs under torch.compile, as a peer."""
+    fast = torch.compile(function, dynamic=False)
+    return lambda: fast(*inputs)

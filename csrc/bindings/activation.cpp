@@ -1,0 +1,93 @@
+// swiglu_quantize, swiglu_backward_quantize: checks, allocation, dispatch.
+#include "bindings/casts.h"
+#include "quant/swiglu.h"
+
+namespace eightfold::bindings {
+namespace {
+
+void check_matrix(const Tensor& t, const char* op, const char* argument) {
+  check_rank(t, 2, op, argument);
+  check_dtype(t, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
+  check_last_dim_contiguous(t, op, argument);
+  EF_CHECK(t.stride(0) >= t.size(1) || t.size(0) <= 1, op, ": ", argument, " must have rows that do not overlap, got shape ", shape_of(t),
+           " with strides ", strides_of(t));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate, const Tensor& up, bool training) {
+  const char* op = "swiglu_quantize";
+  check_matrix(gate, op, "gate");
+  check_same_device(up, gate, op, "up");
+  check_dtype(up, {gate.scalar_type()}, op, "up");
+  check_shape(up, {gate.size(0), gate.size(1)}, op, "up");
+  check_matrix(up, op, "up");
+  int64_t rows = gate.size(0), cols = gate.size(1);
+  RowCast h = empty_row_cast(rows, cols, gate);
+  RowCast gate_out = empty_row_cast(rows, cols, gate, training), up_out = empty_row_cast(rows, cols, gate, training);
+  SwigluForward swiglu{gate.data_ptr(), up.data_ptr(), gate.stride(0), up.stride(0), dtype_of(gate, op, "gate"), rows, cols,
+                       h.view,          gate_out.view, up_out.view};
+  if (rows > 0 && cols > 0) {
+    if (gate.is_cpu()) {
+      swiglu_quantize_cpu(swiglu);
+    } else {
+#if EIGHTFOLD_WITH_CUDA
+      torch::stable::accelerator::DeviceGuard guard(gate.get_device_index());
+      swiglu_quantize_sm90(swiglu, current_stream(gate));
+#else
+      fail(op, ": this build has no CUDA kernels");
+#endif
+    }
+  }
+  return {h.codes, h.scales, gate_out.codes, gate_out.scales, up_out.codes, up_out.scales};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_backward_quantize(
+    const Tensor& dh, const Tensor& gate_codes, const Tensor& gate_scales, const Tensor& up_codes, const Tensor& up_scales) {
+  const char* op = "swiglu_backward_quantize";
+  check_matrix(dh, op, "dh");
+  int64_t rows = dh.size(0), cols = dh.size(1);
+  SwigluBackward swiglu{};
+  swiglu.gate = row_codes_in(gate_codes, gate_scales, rows, cols, dh, op, "gate_codes", "gate_scales");
+  swiglu.up = row_codes_in(up_codes, up_scales, rows, cols, dh, op, "up_codes", "up_scales");
+  RowCast dgate = empty_row_cast(rows, cols, dh), dup = empty_row_cast(rows, cols, dh);
+  ColCast dgate_cols = empty_col_cast(rows, cols, dh), dup_cols = empty_col_cast(rows, cols, dh), h_cols = empty_col_cast(rows, cols, dh);
+  swiglu.dh = dh.data_ptr();
+  swiglu.dh_ld = dh.stride(0);
+  swiglu.dtype = dtype_of(dh, op, "dh");
+  swiglu.rows = rows;
+  swiglu.cols = cols;
+  swiglu.dgate_rows = dgate.view;
+  swiglu.dup_rows = dup.view;
+  swiglu.dgate_cols = dgate_cols.view;
+  swiglu.dup_cols = dup_cols.view;
+  swiglu.h_cols = h_cols.view;
+  if (rows > 0 && cols > 0) {
+    if (dh.is_cpu()) {
+      swiglu_backward_quantize_cpu(swiglu);
+    } else {
+#if EIGHTFOLD_WITH_CUDA
+      torch::stable::accelerator::DeviceGuard guard(dh.get_device_index());
+      swiglu_backward_quantize_sm90(swiglu, current_stream(dh));
+#else
+      fail(op, ": this build has no CUDA kernels");
+#endif
+    }
+  }
+  return {dgate.codes, dgate.scales,   dgate_cols.codes, dgate_cols.scales, dup.codes,
+          dup.scales,  dup_cols.codes, dup_cols.scales,  h_cols.codes,      h_cols.scales};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
+  m.impl("swiglu_quantize", TORCH_BOX(&swiglu_quantize));
+  m.impl("swiglu_backward_quantize", TORCH_BOX(&swiglu_backward_quantize));
+}
+
+#if EIGHTFOLD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
+  m.impl("swiglu_quantize", TORCH_BOX(&swiglu_quantize));
+  m.impl("swiglu_backward_quantize", TORCH_BOX(&swiglu_backward_quantize));
+}
+#endif
+
+}  // namespace eightfold::bindings

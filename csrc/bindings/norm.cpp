@@ -1,0 +1,168 @@
+// rms_norm, rms_norm_quantize, add_rms_norm_quantize, rms_norm_backward: checks, allocation, dispatch.
+#include "quant/norm.h"
+
+#include "bindings/casts.h"
+
+namespace eightfold::bindings {
+namespace {
+
+void check_norm_input(const Tensor& x, const Tensor& weight, const char* op, const char* argument) {
+  check_rank(x, 2, op, argument);
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
+  check_contiguous(x, op, argument);
+  check_dtype(weight, {ScalarType::BFloat16, ScalarType::Float}, op, "weight");
+  check_same_device(weight, x, op, "weight");
+  check_shape(weight, {x.size(1)}, op, "weight");
+  check_contiguous(weight, op, "weight");
+  EF_CHECK(x.is_cpu() || x.size(1) <= kMaxNormCols, op, ": ", argument, " has ", x.size(1), " features; the CUDA kernel takes at most ",
+           kMaxNormCols);
+}
+
+void check_like(const Tensor& t, const Tensor& x, const char* op, const char* argument) {
+  check_same_device(t, x, op, argument);
+  check_dtype(t, {x.scalar_type()}, op, argument);
+  check_shape(t, {x.size(0), x.size(1)}, op, argument);
+  check_contiguous(t, op, argument);
+}
+
+RmsNorm describe(const Tensor& x, const Tensor& weight, double eps, const char* op) {
+  check_norm_input(x, weight, op, "x");
+  EF_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
+  RmsNorm norm{};
+  norm.x = x.data_ptr();
+  norm.weight = weight.data_ptr();
+  norm.dtype = dtype_of(x, op, "x");
+  norm.weight_dtype = dtype_of(weight, op, "weight");
+  norm.rows = x.size(0);
+  norm.cols = x.size(1);
+  norm.eps = static_cast<float>(eps);
+  return norm;
+}
+
+void run(const RmsNorm& norm, const Tensor& x, const char* op) {
+  if (norm.rows == 0) return;
+  if (x.is_cpu()) return rms_norm_cpu(norm);
+#if EIGHTFOLD_WITH_CUDA
+  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  rms_norm_sm90(norm, current_stream(x));
+#else
+  fail(op, ": this build has no CUDA kernels");
+#endif
+}
+
+Tensor empty_rstd(const Tensor& x, bool training) { return empty({training ? x.size(0) : 0}, ScalarType::Float, x); }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, bool training) {
+  RmsNorm norm = describe(x, weight, eps, "rms_norm");
+  Tensor y = empty({norm.rows, norm.cols}, x.scalar_type(), x), rstd = empty_rstd(x, training);
+  RowCast x_rows = empty_row_cast(norm.rows, norm.cols, x, training);
+  norm.y = y.data_ptr();
+  norm.x_rows = x_rows.view;
+  if (training) norm.rstd = static_cast<float*>(rstd.data_ptr());
+  run(norm, x, "rms_norm");
+  return {y, x_rows.codes, x_rows.scales, rstd};
+}
+
+struct Casts {
+  RowCast y, x;
+  ColCast y_cols;
+  Tensor rstd;
+};
+
+Casts norm_and_cast(RmsNorm& norm, const Tensor& x, bool training, const char* op) {
+  Casts out{empty_row_cast(norm.rows, norm.cols, x), empty_row_cast(norm.rows, norm.cols, x, training),
+            empty_col_cast(norm.rows, norm.cols, x, training), empty_rstd(x, training)};
+  norm.y_rows = out.y.view;
+  norm.x_rows = out.x.view;
+  norm.y_cols = out.y_cols.view;
+  if (training) norm.rstd = static_cast<float*>(out.rstd.data_ptr());
+  run(norm, x, op);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quantize(const Tensor& x, const Tensor& weight, double eps,
+                                                                                     bool training) {
+  const char* op = "rms_norm_quantize";
+  RmsNorm norm = describe(x, weight, eps, op);
+  Casts out = norm_and_cast(norm, x, training, op);
+  return {out.y.codes, out.y.scales, out.y_cols.codes, out.y_cols.scales, out.x.codes, out.x.scales, out.rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x, const Tensor& residual,
+                                                                                                 const Tensor& weight, double eps,
+                                                                                                 bool training) {
+  const char* op = "add_rms_norm_quantize";
+  RmsNorm norm = describe(x, weight, eps, op);
+  check_like(residual, x, op, "residual");
+  Tensor sum = empty({norm.rows, norm.cols}, x.scalar_type(), x);
+  norm.residual = residual.data_ptr();
+  norm.sum = sum.data_ptr();
+  Casts out = norm_and_cast(norm, x, training, op);
+  return {sum, out.y.codes, out.y.scales, out.y_cols.codes, out.y_cols.scales, out.x.codes, out.x.scales, out.rstd};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> x_scales, const Tensor& rstd,
+                                             const Tensor& weight, std::optional<Tensor> residual_grad) {
+  const char* op = "rms_norm_backward";
+  check_norm_input(dy, weight, op, "dy");
+  int64_t rows = dy.size(0), cols = dy.size(1);
+  RmsNormBackward norm{};
+  if (x_scales) {
+    norm.x_codes = row_codes_in(x, *x_scales, rows, cols, dy, op, "x", "x_scales");
+  } else {
+    check_like(x, dy, op, "x");
+    norm.x = x.data_ptr();
+  }
+  check_same_device(rstd, dy, op, "rstd");
+  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
+  check_shape(rstd, {rows}, op, "rstd");
+  check_contiguous(rstd, op, "rstd");
+  if (residual_grad) {
+    check_like(*residual_grad, dy, op, "residual_grad");
+    norm.residual_grad = residual_grad->data_ptr();
+  }
+  Tensor dx = empty({rows, cols}, dy.scalar_type(), dy), dweight = empty({cols}, ScalarType::Float, dy);
+  Tensor partials = empty({ceil_div(rows, kBackwardRows), cols}, ScalarType::Float, dy);
+  norm.dy = dy.data_ptr();
+  norm.rstd = static_cast<const float*>(rstd.data_ptr());
+  norm.weight = weight.data_ptr();
+  norm.dtype = dtype_of(dy, op, "dy");
+  norm.weight_dtype = dtype_of(weight, op, "weight");
+  norm.rows = rows;
+  norm.cols = cols;
+  norm.dx = dx.data_ptr();
+  norm.dweight = static_cast<float*>(dweight.data_ptr());
+  norm.partials = static_cast<float*>(partials.data_ptr());
+  if (cols == 0) return {dx, dweight};
+  if (dy.is_cpu()) {
+    rms_norm_backward_cpu(norm);
+  } else {
+#if EIGHTFOLD_WITH_CUDA
+    torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+    rms_norm_backward_sm90(norm, current_stream(dy));
+#else
+    fail(op, ": this build has no CUDA kernels");
+#endif
+  }
+  return {dx, dweight};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
+  m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+
+#if EIGHTFOLD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
+  m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+}
+#endif
+
+}  // namespace eightfold::bindings

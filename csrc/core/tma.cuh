@@ -1,0 +1,23 @@
+// The bulk tensor copy engine (TMA): boxes of a tensor described by a CUtensorMap, copied to shared memory by one thread.
+// The maps come from core/tensor_map.h and travel as __grid_constant__ kernel parameters.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+namespace eightfold {
+
+__device__ __forceinline__ void tma_prefetch_map(const CUtensorMap* map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(reinterpret_cast<uint64_t>(map)) : "memory");
+}
+
+// Copies the box whose corner is (x, y), x along the contiguous dimension; completion is counted in bytes on `barrier`.
+// `shared` is 128-byte aligned; for 128-byte swizzling 1024-byte aligned.
+__device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(shared),
+               "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y)
+               : "memory");
+}
+
+}  // namespace eightfold

@@ -1,0 +1,238 @@
+// The casts alone, on Hopper: sources for the tile kernel, and the two kernels that move codes without quantising.
+#include "quant/cast.h"
+#include "quant/tile_cast.cuh"
+
+namespace eightfold::quant {
+namespace {
+
+bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+template <class T>
+struct TensorSource {
+  using Element = T;
+  static constexpr int kOutputs = 1;
+  int64_t rows, cols;
+  bool vector;
+  const T* data;
+  int64_t ld;
+
+  explicit TensorSource(const Input& x)
+      : rows(x.rows),
+        cols(x.cols),
+        vector(aligned(x.data, 16) && x.ld * sizeof(T) % 16 == 0),
+        data(static_cast<const T*>(x.data)),
+        ld(x.ld) {}
+
+  template <bool kVector>
+  __device__ void load(int64_t row, int64_t col, Octet<T> (&out)[1]) const {
+    out[0] = load_octet<kVector>(data + row * ld + col, octet_count(row, col, rows, cols));
+  }
+};
+
+// FP8 codes times their 1 x 128 scales, in fp32.
+struct CodesSource {
+  using Element = float;
+  static constexpr int kOutputs = 1;
+  int64_t rows, cols;
+  bool vector;
+  const uint8_t* codes;
+  int64_t ld;
+  const float* scales;
+  int64_t scale_ld;
+
+  explicit CodesSource(const RowCodes& x)
+      : rows(x.rows),
+        cols(x.cols),
+        vector(aligned(x.codes, 8) && x.ld % 8 == 0),
+        codes(x.codes),
+        ld(x.ld),
+        scales(x.scales),
+        scale_ld(x.scale_ld) {}
+
+  template <bool kVector>
+  __device__ void load(int64_t row, int64_t col, Octet<float> (&out)[1]) const {
+    const int count = octet_count(row, col, rows, cols);
+    const uint2 octet = load_codes8<kVector>(codes + row * ld + col, count);
+    const float scale = count ? __ldg(scales + row + col / 128 * scale_ld) : 0.0f;
+    float values[8];
+    decode4(octet.x, values);
+    decode4(octet.y, values + 4);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) values[j] = j < count ? values[j] * scale : 0.0f;  // 0 * NaN of a tail is not an element
+    out[0].set(values);
+  }
+};
+
+TileOutputs<1> outputs(const Quantized& rows, const Quantized& cols) {
+  return {{{rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld}}};
+}
+
+// CTAs on an SM, by what the values cost in registers.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
+
+template <class T>
+void quantize_typed(const Input& x, Group group, const Quantized& out, bool power_of_two, cudaStream_t stream) {
+  const TensorSource<T> source(x);
+  const TileOutputs<1> to = outputs(out, out);
+  switch (group) {
+    case Group::row128: return launch_tile_cast<kBlocks<T>, kRows128>(source, to, power_of_two, stream);
+    case Group::row16: return launch_tile_cast<kBlocks<T>, kRows16>(source, to, power_of_two, stream);
+    case Group::col128: return launch_tile_cast<kBlocks<T>, kCols>(source, to, power_of_two, stream);
+    case Group::square: return launch_tile_cast<kBlocks<T>, kSquare>(source, to, power_of_two, stream);
+  }
+}
+
+// A 4 x 4 block of bytes, one row a word, to one column a word.
+__device__ __forceinline__ void transpose_bytes(uint32_t a, uint32_t b, uint32_t c, uint32_t d, uint32_t (&columns)[4]) {
+  const uint32_t ab01 = __byte_perm(a, b, 0x5140), cd01 = __byte_perm(c, d, 0x5140);
+  const uint32_t ab23 = __byte_perm(a, b, 0x7362), cd23 = __byte_perm(c, d, 0x7362);
+  columns[0] = __byte_perm(ab01, cd01, 0x5410), columns[1] = __byte_perm(ab01, cd01, 0x7632);
+  columns[2] = __byte_perm(ab23, cd23, 0x5410), columns[3] = __byte_perm(ab23, cd23, 0x7632);
+}
+
+// Eight rows of eight codes to eight columns of eight.
+__device__ __forceinline__ void transpose_octets(const uint2 (&rows)[8], uint2 (&columns)[8]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    uint32_t w[8], top[4], bottom[4];
+#pragma unroll
+    for (int p = 0; p < 8; ++p) w[p] = half ? rows[p].y : rows[p].x;
+    transpose_bytes(w[0], w[1], w[2], w[3], top);
+    transpose_bytes(w[4], w[5], w[6], w[7], bottom);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) columns[half * 4 + j] = make_uint2(top[j], bottom[j]);
+  }
+}
+
+__device__ __forceinline__ TileShape tile_of(int64_t rows, int64_t cols) {
+  const uint32_t across = static_cast<uint32_t>((cols + kTile - 1) / kTile);
+  return {rows, cols, static_cast<int64_t>(blockIdx.x / across) * kTile, static_cast<int64_t>(blockIdx.x % across) * kTile};
+}
+
+template <bool kVector>
+__device__ __forceinline__ void load_rows(const uint8_t* codes, int64_t ld, const TileShape& tile, uint2 (&rows)[kBandRows]) {
+  TileThread me;
+#pragma unroll
+  for (int p = 0; p < kBandRows; ++p) {
+    const int64_t row = tile.row + me.band * kBandRows + p, col = tile.col + me.octet * 8;
+    rows[p] = load_codes8<kVector>(codes + row * ld + col, octet_count(row, col, tile.rows, tile.cols));
+  }
+}
+
+__global__ void __launch_bounds__(kTileThreads)
+    transpose_codes_kernel(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, bool vector_in, bool vector_out) {
+  __shared__ __align__(16) ColumnCodes shared;
+  TileThread me;
+  const TileShape tile = tile_of(rows, cols);
+  uint2 in[kBandRows], columns[8];
+  if (vector_in && tile.col + kTile <= cols)
+    load_rows<true>(codes, ld, tile, in);
+  else
+    load_rows<false>(codes, ld, tile, in);
+  transpose_octets(in, columns);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) shared.put(me.octet * 8 + j, me.band, columns[j]);
+  __syncthreads();
+  shared.store(out, rows, tile, vector_out);
+}
+
+// Row-major codes are read in place; codes stored by columns come through shared memory and are turned in registers.
+template <class T, bool kColumnMajor>
+__global__ void __launch_bounds__(kTileThreads) dequantize_kernel(AnyCodes x, T* out, bool vector_in) {
+  TileThread me;
+  const TileShape tile = tile_of(x.rows, x.cols);
+  uint2 rows[kBandRows];
+  if constexpr (kColumnMajor) {
+    __shared__ __align__(16) ColumnCodes shared;
+    shared.load(x.codes, x.col_stride, tile, vector_in);
+    __syncthreads();
+    uint2 columns[8];
+#pragma unroll
+    for (int j = 0; j < 8; ++j) columns[j] = shared.get(me.octet * 8 + j, me.band);
+    transpose_octets(columns, rows);
+  } else {
+    if (vector_in && tile.col + kTile <= x.cols)
+      load_rows<true>(x.codes, x.row_stride, tile, rows);
+    else
+      load_rows<false>(x.codes, x.row_stride, tile, rows);
+  }
+  const bool vector_out = x.cols % 8 == 0;
+  const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int count = octet_count(0, col, 1, x.cols);
+  int64_t offsets[8];  // of the eight columns' scales; one 64-bit division a thread
+  int64_t group = col / x.group_cols, left = x.group_cols - col % x.group_cols;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    offsets[j] = group * x.scale_col_stride;
+    if (--left == 0) ++group, left = x.group_cols;
+  }
+  group = first_row / x.group_rows, left = x.group_rows - first_row % x.group_rows;
+#pragma unroll
+  for (int p = 0; p < kBandRows; ++p) {
+    if (first_row + p < x.rows) {
+      const float* scales = x.scales + group * x.scale_row_stride;
+      float values[8];
+      decode4(rows[p].x, values);
+      decode4(rows[p].y, values + 4);
+#pragma unroll
+      for (int j = 0; j < 8; ++j)
+        if (j < count) values[j] *= __ldg(scales + offsets[j]);
+      Octet<T> octet;
+      octet.set(values);
+      store_octet(out + (first_row + p) * x.cols + col, octet, count, vector_out);
+    }
+    if (--left == 0) ++group, left = x.group_rows;
+  }
+}
+
+unsigned tile_count(int64_t rows, int64_t cols) {
+  return static_cast<unsigned>(((rows + kTile - 1) / kTile) * ((cols + kTile - 1) / kTile));
+}
+
+template <class T>
+void dequantize_typed(const AnyCodes& x, T* out, cudaStream_t stream) {
+  const unsigned tiles = tile_count(x.rows, x.cols);
+  if (tiles == 0) return;
+  if (x.col_stride == 1)
+    dequantize_kernel<T, false><<<tiles, kTileThreads, 0, stream>>>(x, out, aligned(x.codes, 8) && x.row_stride % 8 == 0);
+  else
+    dequantize_kernel<T, true><<<tiles, kTileThreads, 0, stream>>>(x, out, aligned(x.codes, 16) && x.col_stride % 16 == 0);
+  check_launch("dequantize_kernel");
+}
+
+}  // namespace
+
+void quantize_sm90(const Input& x, Group group, const Quantized& out, bool power_of_two, void* stream) {
+  auto s = static_cast<cudaStream_t>(stream);
+  x.dtype == DType::bf16 ? quantize_typed<__nv_bfloat16>(x, group, out, power_of_two, s)
+                         : quantize_typed<float>(x, group, out, power_of_two, s);
+}
+
+void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two, void* stream) {
+  auto s = static_cast<cudaStream_t>(stream);
+  const TileOutputs<1> to = outputs(rows, cols);
+  if (x.dtype == DType::bf16)
+    launch_tile_cast<4, kRows128 | kCols>(TensorSource<__nv_bfloat16>(x), to, power_of_two, s);
+  else
+    launch_tile_cast<2, kRows128 | kCols>(TensorSource<float>(x), to, power_of_two, s);
+}
+
+void requantize_sm90(const RowCodes& x, const Quantized& cols, bool power_of_two, void* stream) {
+  launch_tile_cast<2, kCols>(CodesSource(x), outputs({}, cols), power_of_two, static_cast<cudaStream_t>(stream));
+}
+
+void transpose_codes_sm90(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, void* stream) {
+  const unsigned tiles = tile_count(rows, cols);
+  if (tiles == 0) return;
+  transpose_codes_kernel<<<tiles, kTileThreads, 0, static_cast<cudaStream_t>(stream)>>>(codes, rows, cols, ld, out,
+                                                                                        aligned(codes, 8) && ld % 8 == 0, rows % 16 == 0);
+  check_launch("transpose_codes_kernel");
+}
+
+void dequantize_sm90(const AnyCodes& x, void* out, DType dtype, void* stream) {
+  auto s = static_cast<cudaStream_t>(stream);
+  dtype == DType::bf16 ? dequantize_typed(x, static_cast<__nv_bfloat16*>(out), s) : dequantize_typed(x, static_cast<float*>(out), s);
+}
+
+}  // namespace eightfold::quant

@@ -1,0 +1,155 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "core/fp8.h"
+#include "core/threads.h"
+#include "quant/norm.h"
+#include "quant/tile_cpu.h"
+
+namespace eightfold {
+namespace {
+
+// Sums run in 16 lanes and end in one tree: the order depends on the length alone, not on the instruction set.
+constexpr int64_t kLanes = 16;
+
+inline __attribute__((always_inline)) float fold_lanes(float* lanes) {
+  for (int64_t width = kLanes / 2; width > 0; width /= 2)
+    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+
+EF_CPU_CLONES float sum_of_squares(const float* x, int64_t n) {
+  float lanes[kLanes] = {};
+  int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += x[i + j] * x[i + j];
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += x[i] * x[i];
+  return fold_lanes(lanes);
+}
+
+EF_CPU_CLONES void normalise(const float* x, float rstd, const float* weight, int64_t n, float* y) {
+  for (int64_t i = 0; i < n; ++i) y[i] = x[i] * rstd * weight[i];
+}
+
+EF_CPU_CLONES void add(const float* x, int64_t n, float* sum) {
+  for (int64_t i = 0; i < n; ++i) sum[i] = x[i] + sum[i];
+}
+
+// xhat = x * rstd in place of x, g = dy * weight in place of dy; returns sum(g * xhat) and adds dy * xhat to dweight.
+EF_CPU_CLONES float backward_products(float* x, float rstd, float* dy, const float* weight, int64_t n, float* dweight) {
+  float lanes[kLanes] = {};
+  int64_t whole = n / kLanes * kLanes;
+  for (int64_t i = 0; i < n; ++i) {
+    x[i] = x[i] * rstd;
+    dweight[i] += dy[i] * x[i];
+    dy[i] = dy[i] * weight[i];
+  }
+  for (int64_t i = 0; i < whole; i += kLanes)
+    for (int64_t j = 0; j < kLanes; ++j) lanes[j] += dy[i + j] * x[i + j];
+  for (int64_t i = whole; i < n; ++i) lanes[i - whole] += dy[i] * x[i];
+  return fold_lanes(lanes);
+}
+
+EF_CPU_CLONES void backward_row(const float* xhat, float rstd, const float* g, float mean, int64_t n, float* dx) {
+  for (int64_t i = 0; i < n; ++i) dx[i] = rstd * (g[i] - xhat[i] * mean);
+}
+
+std::vector<float> load_weight(const void* weight, DType dtype, int64_t n) {
+  std::vector<float> out(n);
+  load_row(weight, dtype, 0, n, out.data());
+  return out;
+}
+
+// Everything that is row-wise; row_grain rows at least to a thread.
+void row_pass(const RmsNorm& op, const std::vector<float>& weight, int64_t row_grain) {
+  int64_t cols = op.cols;
+  parallel_for(op.rows, row_grain, [&](int64_t begin, int64_t end) {
+    std::vector<float> s(cols), y(cols);
+    for (int64_t row = begin; row < end; ++row) {
+      int64_t offset = row * cols;
+      if (op.residual) {
+        load_row(op.residual, op.dtype, offset, cols, s.data());
+        load_row(op.x, op.dtype, offset, cols, y.data());
+        add(y.data(), cols, s.data());
+        round_row(s.data(), op.dtype, cols);
+        store_row(s.data(), op.dtype, offset, cols, op.sum);
+      } else {
+        load_row(op.x, op.dtype, offset, cols, s.data());
+      }
+      if (op.x_rows.codes) quantize_row(s.data(), row, 0, cols, cols, op.x_rows);
+      float mean = sum_of_squares(s.data(), cols) / static_cast<float>(std::max<int64_t>(cols, 1));
+      float rstd = 1.0f / std::sqrt(mean + op.eps);
+      if (op.rstd) op.rstd[row] = rstd;
+      normalise(s.data(), rstd, weight.data(), cols, y.data());
+      if (op.y) store_row(y.data(), op.dtype, offset, cols, op.y);
+      if (op.y_rows.codes) {
+        round_row(y.data(), op.dtype, cols);
+        quantize_row(y.data(), row, 0, cols, cols, op.y_rows);
+      }
+    }
+  });
+}
+
+// y again, tile by tile, for the groups that span 128 rows.
+void column_pass(const RmsNorm& op, const std::vector<float>& weight) {
+  const void* s = op.residual ? op.sum : op.x;
+  int64_t strips = groups_of(op.cols);
+  parallel_for(groups_of(op.rows) * strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile(kGroup * kGroup);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t row = t / strips * kGroup, col = t % strips * kGroup;
+      int64_t rows = std::min(kGroup, op.rows - row), cols = std::min(kGroup, op.cols - col);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* y = tile.data() + r * kGroup;
+        load_row(s, op.dtype, (row + r) * op.cols + col, cols, y);
+        normalise(y, op.rstd[row + r], weight.data() + col, cols, y);
+        round_row(y, op.dtype, cols);
+      }
+      quantize_columns(tile.data(), row, col, rows, cols, op.y_cols);
+    }
+  });
+}
+
+}  // namespace
+
+void rms_norm_cpu(const RmsNorm& op) {
+  std::vector<float> weight = load_weight(op.weight, op.weight_dtype, op.cols);
+  row_pass(op, weight, std::max<int64_t>(1, 16384 / std::max<int64_t>(op.cols, 1)));
+  if (op.y_cols.codes) column_pass(op, weight);
+}
+
+void rms_norm_backward_cpu(const RmsNormBackward& op) {
+  int64_t cols = op.cols, blocks = (op.rows + kBackwardRows - 1) / kBackwardRows;
+  std::vector<float> weight = load_weight(op.weight, op.weight_dtype, cols);
+  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> x(cols), g(cols), dx(cols);
+    for (int64_t block = begin; block < end; ++block) {
+      float* partial = op.partials + block * cols;
+      std::fill(partial, partial + cols, 0.0f);
+      for (int64_t row = block * kBackwardRows; row < std::min(op.rows, (block + 1) * kBackwardRows); ++row) {
+        int64_t offset = row * cols;
+        float rstd = op.rstd[row];
+        if (op.x)
+          load_row(op.x, op.dtype, offset, cols, x.data());
+        else
+          load_codes(op.x_codes.codes + offset, op.x_codes.scales + row, op.x_codes.scale_ld, cols, x.data());
+        load_row(op.dy, op.dtype, offset, cols, g.data());
+        float dot = backward_products(x.data(), rstd, g.data(), weight.data(), cols, partial);
+        backward_row(x.data(), rstd, g.data(), dot / static_cast<float>(std::max<int64_t>(cols, 1)), cols, dx.data());
+        if (op.residual_grad) {
+          load_row(op.residual_grad, op.dtype, offset, cols, x.data());
+          add(x.data(), cols, dx.data());
+        }
+        store_row(dx.data(), op.dtype, offset, cols, op.dx);
+      }
+    }
+  });
+  parallel_for(cols, 1024, [&](int64_t begin, int64_t end) {
+    std::fill(op.dweight + begin, op.dweight + end, 0.0f);
+    for (int64_t block = 0; block < blocks; ++block) add(op.partials + block * cols + begin, end - begin, op.dweight + begin);
+  });
+}
+
+}  // namespace eightfold

@@ -1,0 +1,71 @@
+#include <algorithm>
+#include <vector>
+
+#include "core/math.h"
+#include "core/threads.h"
+#include "quant/swiglu.h"
+#include "quant/tile_cpu.h"
+
+namespace eightfold {
+namespace {
+
+EF_CPU_CLONES void swiglu(const float* gate, const float* up, int64_t n, float* h) {
+  for (int64_t i = 0; i < n; ++i) h[i] = gate[i] * sigmoid(gate[i]) * up[i];
+}
+
+// dgate in place of dh, dup in place of gate, h in place of up.
+EF_CPU_CLONES void swiglu_backward(float* dh, float* gate, float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    float d = dh[i], g = gate[i], u = up[i];
+    float s = sigmoid(g);
+    float silu = g * s;
+    dh[i] = (d * u) * (s * (1.0f + g * (1.0f - s)));
+    gate[i] = d * silu;
+    up[i] = silu * u;
+  }
+}
+
+}  // namespace
+
+void swiglu_quantize_cpu(const SwigluForward& op) {
+  int64_t cols = op.cols;
+  parallel_for(op.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
+    std::vector<float> gate(cols), up(cols), h(cols);
+    for (int64_t row = begin; row < end; ++row) {
+      load_row(op.gate, op.dtype, row * op.gate_ld, cols, gate.data());
+      load_row(op.up, op.dtype, row * op.up_ld, cols, up.data());
+      swiglu(gate.data(), up.data(), cols, h.data());
+      round_row(h.data(), op.dtype, cols);
+      quantize_row(h.data(), row, 0, cols, cols, op.h);
+      if (op.gate_out.codes) quantize_row(gate.data(), row, 0, cols, cols, op.gate_out);
+      if (op.up_out.codes) quantize_row(up.data(), row, 0, cols, cols, op.up_out);
+    }
+  });
+}
+
+void swiglu_backward_quantize_cpu(const SwigluBackward& op) {
+  int64_t strips = groups_of(op.cols);
+  parallel_for(groups_of(op.rows) * strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tiles(3 * kGroup * kGroup);
+    float *dgate = tiles.data(), *dup = dgate + kGroup * kGroup, *h = dup + kGroup * kGroup;
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t row = t / strips * kGroup, col = t % strips * kGroup, group = t % strips;
+      int64_t rows = std::min(kGroup, op.rows - row), cols = std::min(kGroup, op.cols - col);
+      for (int64_t r = 0; r < rows; ++r) {
+        int64_t at = r * kGroup, codes = (row + r) * op.cols + col;
+        load_row(op.dh, op.dtype, (row + r) * op.dh_ld + col, cols, dgate + at);
+        load_codes(op.gate.codes + codes, op.gate.scales + row + r + group * op.gate.scale_ld, op.gate.scale_ld, cols, dup + at);
+        load_codes(op.up.codes + codes, op.up.scales + row + r + group * op.up.scale_ld, op.up.scale_ld, cols, h + at);
+        swiglu_backward(dgate + at, dup + at, h + at, cols);
+        for (float* values : {dgate + at, dup + at, h + at}) round_row(values, op.dtype, cols);
+        quantize_row(dgate + at, row + r, col, cols, op.cols, op.dgate_rows);
+        quantize_row(dup + at, row + r, col, cols, op.cols, op.dup_rows);
+      }
+      quantize_columns(dgate, row, col, rows, cols, op.dgate_cols);
+      quantize_columns(dup, row, col, rows, cols, op.dup_cols);
+      quantize_columns(h, row, col, rows, cols, op.h_cols);
+    }
+  });
+}
+
+}  // namespace eightfold
