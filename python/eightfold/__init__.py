@@ -8,6 +8,7 @@ from eightfold import reference
 from eightfold.ops import (
     QuantizedTensor,
     build_info,
+    fp8_gemm,
     quantize,
     quantize_both,
     requantize,
@@ -17,6 +18,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "build_info",
+    "fp8_gemm",
     "quantize",
     "quantize_both",
     "reference",
