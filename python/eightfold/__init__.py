@@ -8,6 +8,7 @@ Low-level ops (`quantize`, `fp8_gemm`, ...), drop-in layers (`eightfold.nn`), an
 from eightfold.ops import (
     QuantizedTensor,
     build_info,
+    fp8_gemm,
     quantize,
     quantize_both,
     requantize,
@@ -20,6 +21,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "build_info",
+    "fp8_gemm",
     "quantize",
     "quantize_both",
     "reference",
