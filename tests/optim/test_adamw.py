@@ -19,7 +19,7 @@ def network(device="cpu", dtype=torch.float32, seed=0):
 
 def data(device="cpu", dtype=torch.float32):
     generator = torch.Generator().manual_seed(3)
-    x = torch.randn((256, 128), generator=generator)
+    x = torch.randn((64, 128), generator=generator)
     y = torch.tanh(x[:, :8] * 2 + x[:, 8:16] * x[:, 16:24])
     return x.to(device, dtype), y.to(device, dtype)
 
@@ -71,11 +71,11 @@ def test_first_steps_are_those_of_torch(device):
 @pytest.mark.parametrize("betas", [(0.9, 0.95), (0.9, 0.999)])
 def test_trajectory_follows_torch(device, betas):
     ours, theirs = network(device), network(device)
-    options = {"lr": 1e-3, "betas": betas, "weight_decay": 0.01}
-    losses = train(ours, AdamW(ours.parameters(), **options), 150)
-    expected = train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 150)
-    assert expected[-1] < 0.1 * expected[0]
-    for i in (10, 50, 100, 149):
+    options = {"lr": 3e-4, "betas": betas, "weight_decay": 0.01}
+    losses = train(ours, AdamW(ours.parameters(), **options), 60)
+    expected = train(theirs, torch.optim.AdamW(theirs.parameters(), **options), 60)
+    assert expected[-1] < 0.2 * expected[0]
+    for i in (10, 20, 40, 59):
         assert abs(math.log(losses[i] / expected[i])) < 0.1
 
 
@@ -177,14 +177,14 @@ def test_parameter_groups():
     rest = [p for p in model.parameters() if p.ndim < 2]
     optimizer = AdamW([{"params": decay, "weight_decay": 0.5}, {"params": rest, "lr": 0.0}], lr=1e-2, weight_decay=0.0)
     start = [p.clone() for p in rest]
-    norm = sum(p.norm() for p in decay)
-    train(model, optimizer, 3)
-    assert all(torch.equal(p, q) for p, q in zip(rest, start, strict=True))
-    optimizer.param_groups[0]["lr"] = 0.3
+    weights = [p.detach().clone() for p in decay]
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    assert sum(p.norm() for p in decay) < 0.95 * norm
+    for p, q in zip(decay, weights, strict=True):
+        torch.testing.assert_close(p, q * (1 - 1e-2 * 0.5))
+    train(model, optimizer, 3)
+    assert all(torch.equal(p, q) for p, q in zip(rest, start, strict=True))
     optimizer.add_param_group({"params": [nn.Parameter(torch.randn(4, 128))]})
     optimizer.param_groups[2]["params"][0].grad = torch.ones(4, 128)
     optimizer.step()
@@ -244,7 +244,7 @@ def test_strided_parameters_and_gradients(device):
     """A parameter that is not contiguous, a gradient that is not: the numbers of the contiguous ones."""
     start = torch.randn(128, 256, device=device)
     gradient = torch.randn(256, 128, device=device)
-    strided, plain = nn.Parameter(start.t()), nn.Parameter(start.t().contiguous())
+    strided, plain = nn.Parameter(start.clone().t()), nn.Parameter(start.t().contiguous())
     optimizers = AdamW([strided], lr=0.1), AdamW([plain], lr=0.1)
     strided.grad, plain.grad = gradient.t().contiguous().t(), gradient
     for optimizer in optimizers:
