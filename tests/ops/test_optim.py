@@ -1,11 +1,11 @@
 """DRE states and the multi-tensor AdamW step against the reference, and the numerical promises of csrc/optim/dre.h."""
 
+import copy
 import functools
 import math
 
 import pytest
 import torch
-
 from eightfold.ops import optim as ops
 from eightfold.reference import optim as reference
 from eightfold.reference.quant import dequantize, quantize
@@ -196,24 +196,39 @@ def test_error_of_the_update_direction(device, sigma):
     assert expanded <= {0.3: 4e-4, 1.0: 9e-4, 2.0: 2.5e-3}[sigma]
 
 
+def coat_stored(x):
+    """The 'E4M3 + DRE' row's storage, as COAT's kernel writes it: exponent, root of max min and scale, a float each."""
+    high, low = x.amax(-1, keepdim=True), x.amin(-1, keepdim=True)
+    k = (16 * reference.BOUND_LOG2 / (high / low).log2()).floor() / 16
+    centre = high.sqrt() * low.sqrt()
+    scale = (high / centre) ** k / 448
+    return (((x / centre) ** k / scale).clamp(max=448).to(E4M3).float() * scale) ** (1 / k) * centre
+
+
 @pytest.mark.parametrize(
     ("beta2", "decaying", "limit"),
     [(0.95, False, 0.044), (0.99, False, 0.08), (0.999, False, 0.19), (0.999, True, 0.20)],
 )
 def test_second_moment_after_3000_steps(beta2, decaying, limit):
-    """RMS relative error of v against float32 storage: research 1.4, row 'E4M3 + DRE'.
+    """RMS relative error of v against float32 storage: research 1.4, row 'E4M3 + DRE', and COAT's formulas beside ours.
 
-    Set-up: 16 groups of 128 elements, gradient scales log-normal with spread 0.5, gradients normal around 0; 'decaying'
-    lowers the scale 10 times over the run. v is stored after every step.
+    Set-up: 64 groups of 128 elements, gradient scales log-normal with spread 0.4, gradients normal around 0; 'decaying'
+    lowers the scale 10 times over the run. v is stored after every step. At 0.999 few groups carry most of the error:
+    other seeds give 0.16 to 0.20, for COAT's formulas as for ours.
     """
     generator = torch.Generator().manual_seed(2)
-    scale = 1e-3 * torch.exp(0.5 * torch.randn((16, 128), generator=generator))
-    exact, v = torch.zeros(16, 128), torch.zeros(16, 128)
+    scale = 1e-3 * torch.exp(0.4 * torch.randn((64, 128), generator=generator))
+    exact = torch.zeros(64, 128)
+    ours, coat = torch.zeros(64, 128), torch.zeros(64, 128)
     for step in range(3000):
-        g = scale * torch.randn((16, 128), generator=generator) * (10 ** (-step / 3000) if decaying else 1.0)
-        exact = beta2 * exact + (1 - beta2) * g * g
-        v = stored(beta2 * v + (1 - beta2) * g * g)
-    assert ((v - exact) / exact).square().mean().sqrt() <= limit
+        g = scale * torch.randn((64, 128), generator=generator) * (10 ** (-step / 3000) if decaying else 1.0)
+        fresh = (1 - beta2) * g * g
+        exact = beta2 * exact + fresh
+        ours = stored(beta2 * ours + fresh)
+        coat = coat_stored(beta2 * coat + fresh)
+    error, coat_error = (((v - exact) / exact).square().mean().sqrt().item() for v in (ours, coat))
+    assert error <= limit
+    assert error <= 1.02 * coat_error
 
 
 def test_state_bytes():
@@ -442,7 +457,7 @@ def test_runs_are_identical(device):
 
 
 def test_seed_and_step_change_the_random_bits(device):
-    base, seed, step = (Problem(device, shapes=[(64, 256)], **KINDS["bf16"]) for _ in range(3))
+    base, seed = (Problem(device, shapes=[(64, 256)], **KINDS["bf16"]) for _ in range(2))
     base.step(), seed.step(seed=6)
     assert not torch.equal(base.params[0], seed.params[0])
     words = [reference.random_words(0, 64, step, 0, 5, torch.device("cpu")) for step in (1, 2)]
@@ -506,41 +521,57 @@ def test_stochastic_parameters_are_unbiased(device):
 
 
 def test_stochastic_states_are_unbiased(device):
-    """The same moments under 400 seeds: the mean of what is stored is the exact moment (nearest is off by several sigma)."""
+    """The same moments under 400 seeds: the mean of what is stored is the exact moment, which nearest would miss."""
     shape, seeds = (8, 128), 400
-    total = torch.zeros(2, *shape, dtype=torch.float64)
-    base = Problem(device, shapes=[shape])
+    start = Problem(device, shapes=[shape])
     for part in (0, 3):
-        base.states[part][0].view(torch.uint8).zero_()
-    g = base.grads[0].double().cpu()
+        start.states[part][0].view(torch.uint8).zero_()
+    draws = torch.empty(2, seeds, *shape)
     for seed in range(seeds):
-        problem = Problem(device, shapes=[shape])
-        for part in (0, 3):
-            problem.states[part][0].view(torch.uint8).zero_()
+        problem = copy.copy(start)
+        problem.params = [t.clone() for t in start.params]
+        problem.states = [[t.clone() for t in part] for part in start.states]
         problem.step(scale=False, stochastic_states=True, seed=seed)
-        for i in range(2):
-            total[i] += ops.dre_dequantize(*(problem.states[3 * i + part][0] for part in range(3)), 128).double().cpu()
-    for mean, exact in zip(total / seeds, (0.1 * g, 0.01 * g * g), strict=True):
-        error = (mean / exact - 1).flatten()
-        # One draw is off by at most a step of E4M3 over k: 12 % for the smallest k here.
-        assert error.abs().max() < 5 * 0.06 / math.sqrt(seeds)
-        assert error.mean().abs() < 4 * 0.06 / math.sqrt(seeds * error.numel())
+        for moment in range(2):
+            state = (problem.states[3 * moment + part][0] for part in range(3))
+            draws[moment, seed] = ops.dre_dequantize(*state, 128)
+    g = start.grads[0].cpu()
+    for drawn, exact in zip(draws.double(), (0.1 * g, 0.01 * g * g), strict=True):
+        error = drawn.mean(0) - exact
+        # The floor is for elements whose other neighbour comes up less than once in 400 draws.
+        deviation = (drawn.std(0) / math.sqrt(seeds)).clamp(min=1e-3 * exact.abs())
+        scores = error / deviation
+        assert scores.abs().max() < 6
+        assert scores.mean().abs() < 4 / math.sqrt(scores.numel())
+        assert drawn.std(0).count_nonzero() > 0.9 * scores.numel()
 
 
 # Torch citizenship and errors
 
 
+# opcheck's test_schema multiplies its arguments, which torch cannot do with E4M3: it is left to the test below.
+WITH_CODES = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
 def test_opcheck(device):
     x = log_normal((5, 300), 1.0, device)
-    torch.library.opcheck(torch.ops.eightfold.dre_quantize.default, (x, 300), test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.eightfold.dre_quantize.default, (x, 300))
     state = ops.dre_quantize(x)
-    torch.library.opcheck(torch.ops.eightfold.dre_dequantize.default, (*state, 300), test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.eightfold.dre_dequantize.default, (*state, 300), test_utils=WITH_CODES)
     problem = Problem(device, shapes=[(5, 300), (1, 64)])
     arguments = (*problem.lists(), problem.scale, 0.9, 0.99, 1e-8, 0.1, False, 0)
-    torch.library.opcheck(torch.ops.eightfold.adamw_dre_.default, arguments, test_utils=OPCHECKS)
+    torch.library.opcheck(torch.ops.eightfold.adamw_dre_.default, arguments, test_utils=WITH_CODES)
 
 
-OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+def test_only_what_the_schema_names_is_written(device):
+    problem, untouched = (Problem(device, **KINDS["bf16 with master"]) for _ in range(2))
+    problem.step()
+    read = ("grads", "steps")
+    for a, b in zip(
+        *(sum((getattr(p, name) for name in read), [p.lr, p.scale]) for p in (problem, untouched)), strict=True
+    ):
+        assert torch.equal(a, b)
+    assert not any(torch.equal(a, b) for a, b in zip(problem.masters, untouched.masters, strict=True))
 
 
 def test_compile(device):
