@@ -3,7 +3,6 @@
 Each function has the name and the signature of its torch.ops.eightfold op.
 """
 
-import eightfold.ops  # noqa: F401  (first: where a device has no kernels, loading the ops looks through the references)
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
