@@ -111,7 +111,9 @@ struct Fp8GemmCpu {
         for (int j = 0; j < kNr; j += 16) {
           int64_t first = smaller(column + j, args.n - 1);
           int columns = static_cast<int>(smaller(16, args.n - first));
-          Stage stage(args.b + first * args.ldb + k, args.ldb, columns, end - k);
+          const uint8_t* codes = args.b + first * args.ldb + k;
+          for (int r = 0; r < 16; ++r) __builtin_prefetch(codes + (kNr + r) * args.ldb);  // the next panel's, out of memory
+          Stage stage(codes, args.ldb, columns, end - k);
           Isa::decode_b(stage.codes, stage.ld, columns, step + j);
         }
     }
@@ -128,7 +130,9 @@ struct Fp8GemmCpu {
     float* c;              // kNr a row
     int64_t c_panel_stride;
     int64_t depth;
-    bool first;  // c holds nothing yet
+    bool first;           // c holds nothing yet
+    const float* next_b;  // the lines of the next panel that this tile fetches from L3
+    const float* next_b_end;
   };
 
   template <int kRows, int kPanels>
@@ -140,7 +144,8 @@ struct Fp8GemmCpu {
     const int64_t panel_stride = t.panel_stride, c_panel_stride = t.c_panel_stride, ld_a_scales = t.ld_a_scales;
     float* const c = t.c;
     bool first = t.first;
-    for (int r = 0; r < kRows * kNr; r += 16) __builtin_prefetch(c + r, 1);
+    for (int i = 0; i < kRows * kNr; i += 16) __builtin_prefetch(c + i, 1);
+    for (const float* line = t.next_b; line < t.next_b_end; line += 16) __builtin_prefetch(line, 0, 2);
     for (int64_t left = t.depth; left > 0; left -= kBlock, b_block += kPanelBlock, a_scales += ld_a_scales) {
       const float* b = b_block + kNr;
       const float* a_end = a + kRows * round_up(ceil_div(smaller(left, kBlock), Isa::kCodes), kUnroll);
@@ -231,16 +236,22 @@ struct Fp8GemmCpu {
 
   // --- blocking ---
 
-  // `shared_b`: the panels of the piece, packed over its blocks, or null: pack here. `sums` starts at (row_begin, panel_begin).
+  // Blocks of k per packed block of a: equal passes of at most Isa::kDepth.
+  static int64_t depth_of_pass(int64_t blocks) { return ceil_div(blocks, ceil_div(blocks, Isa::kDepth)); }
+
+  // `shared_b`: the panels of the piece, packed over its blocks, or null: pack here. `sums` starts at (row_begin, panel_begin);
+  // its base is null if the piece covers all of k in one pass.
   static void multiply_piece(const Fp8GemmArgs& args, const Piece& p, const float* shared_b, Sums sums) {
     int rows = static_cast<int>(p.row_end - p.row_begin);
     int row_panels = static_cast<int>(ceil_div(rows, kMr));
     int group = row_panels == 1 ? panels_at_once(rows) : 1;
     float* packed_a = fp8_gemm_cpu_scratch(Fp8GemmScratch::a, Isa::kRowBlock * Isa::kDepth * kSteps + 64);
     float* packed_b = shared_b ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::b, 4 * Isa::kDepth * kPanelBlock);
+    alignas(64) float tile[4 * kMr * kNr];  // the sums, where one pass over k completes them
     int64_t all_blocks = ceil_div(args.k, kBlock);
-    for (int64_t block = p.block_begin; block < p.block_end; block += Isa::kDepth) {
-      int64_t blocks = smaller(Isa::kDepth, p.block_end - block);
+    int64_t depth = depth_of_pass(p.block_end - p.block_begin);
+    for (int64_t block = p.block_begin; block < p.block_end; block += depth) {
+      int64_t blocks = smaller(depth, p.block_end - block);
       for (int rp = 0; rp < row_panels; ++rp) {
         int64_t row = panel_row(rp, row_panels, rows);
         int height = static_cast<int>(panel_row(rp + 1, row_panels, rows) - row);
@@ -248,7 +259,7 @@ struct Fp8GemmCpu {
       }
       Tile t;
       t.ld_a_scales = args.ld_a_scales;
-      t.c_panel_stride = sums.panel_stride;
+      t.c_panel_stride = sums.base ? sums.panel_stride : kMr * kNr;
       t.depth = smaller(args.k - block * kBlock, blocks * kBlock);
       t.first = block == 0;
       for (int64_t panel = p.panel_begin; panel < p.panel_end; panel += group) {
@@ -261,17 +272,20 @@ struct Fp8GemmCpu {
           t.b = packed_b;
           for (int i = 0; i < panels; ++i) pack_b(args, panel + i, block, blocks, packed_b + i * t.panel_stride);
         }
+        t.next_b_end = shared_b ? t.b + t.panel_stride : nullptr;
         for (int rp = 0; rp < row_panels; ++rp) {
           int64_t row = panel_row(rp, row_panels, rows);
           int height = static_cast<int>(panel_row(rp + 1, row_panels, rows) - row);
           t.a = packed_a + row * blocks * kSteps;
+          t.next_b = t.next_b_end;
+          t.next_b_end = shared_b ? t.b + t.panel_stride + panel_row(rp + 1, row_panels, blocks * kPanelBlock) : nullptr;
           t.a_scales = args.a_scales + p.row_begin + row + block * args.ld_a_scales;
-          t.c = sums.base + (panel - p.panel_begin) * sums.panel_stride + row * kNr;
+          t.c = sums.base ? sums.base + (panel - p.panel_begin) * sums.panel_stride + row * kNr : tile;
           bool last = block + blocks == all_blocks;
           if (last) prefetch_out(args, p.row_begin + row, height, panel);
           multiply_dispatch<kMr>(t, height, panels);
           if (!last) continue;
-          for (int i = 0; i < panels; ++i) finish(args, t.c + i * sums.panel_stride, p.row_begin + row, height, panel + i);
+          for (int i = 0; i < panels; ++i) finish(args, t.c + i * t.c_panel_stride, p.row_begin + row, height, panel + i);
         }
       }
     }
@@ -283,7 +297,8 @@ struct Fp8GemmCpu {
     int64_t chunk = kColumnChunk / 2 / kNr;
     int64_t grain = 1 + kSerialCodes / (kNr * args.k);
     parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
-      Sums sums{fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * chunk * kNr), args.m * kNr};
+      float* workspace = blocks <= Isa::kDepth ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * chunk * kNr);
+      Sums sums{workspace, args.m * kNr};
       for (int64_t p = begin; p < end; p += chunk) {
         multiply_piece(args, {0, args.m, p, smaller(p + chunk, end), 0, blocks}, nullptr, sums);
       }
@@ -298,7 +313,8 @@ struct Fp8GemmCpu {
     int64_t chunk = smaller(kColumnChunk, kSharedFloats / larger(args.m, most_blocks * kBlock)) / kNr;
     int64_t most_panels = ceil_div(all_panels, ceil_div(all_panels, chunk));
     float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * most_blocks * kPanelBlock);
-    float* workspace = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
+    bool one_pass = all_blocks <= Isa::kDepth;
+    float* workspace = one_pass ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
     for (int64_t panel = 0; panel < all_panels; panel += most_panels) {
       int64_t panels = smaller(most_panels, all_panels - panel);
       for (int64_t block = 0; block < all_blocks; block += most_blocks) {
@@ -310,7 +326,7 @@ struct Fp8GemmCpu {
           for (int64_t at = begin; at < end;) {
             int64_t row_block = at / panels, first = at % panels, last = smaller(panels, first + end - at);
             int64_t row = panel_row(row_block, row_blocks, args.m), row_end = panel_row(row_block + 1, row_blocks, args.m);
-            Sums sums{workspace + (first * args.m + row) * kNr, args.m * kNr};
+            Sums sums{one_pass ? nullptr : workspace + (first * args.m + row) * kNr, args.m * kNr};
             Piece piece{row, row_end, panel + first, panel + last, block, block + blocks};
             multiply_piece(args, piece, packed_b + first * blocks * kPanelBlock, sums);
             at += last - first;

@@ -120,7 +120,7 @@ def test_loss_backward_runs_once():
         loss.backward()
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.01), ("fp8", 0.1)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp8", 0.16)])
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
 def test_low_precision_follows_fp32(saved, name, precision, tolerance, device):
     _, folder = saved(name)

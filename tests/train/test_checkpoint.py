@@ -11,6 +11,7 @@ import time
 
 import pytest
 import torch
+
 from eightfold.train import checkpoint
 from eightfold.train.config import parse_config
 from eightfold.train.distributed import World

@@ -1,6 +1,7 @@
 """Configuration: YAML, overrides, and one clear line for each mistake."""
 
 import pytest
+
 from eightfold.train.config import load_config
 
 MINIMUM = ["model.path=m", "data.path=d"]

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from eightfold.train.config import DataConfig
 from eightfold.train.data import IGNORED, Corpus, Sequences, pack, read_documents, split, tokenize
 from eightfold.train.distributed import World

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 import yaml
+
 from eightfold.train import checkpoint
 from eightfold.train.config import parse_config
 from eightfold.train.loop import train

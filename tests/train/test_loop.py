@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 import torch
+
 from eightfold.train import checkpoint
 from eightfold.train.config import OptimizerConfig, parse_config
 from eightfold.train.loop import learning_rate, train
@@ -71,8 +72,9 @@ def test_accumulation_does_not_change_the_update(settings):
 
 
 def test_transformers_loads_a_checkpoint(ended_run):
-    from eightfold.models.loading import load_decoder
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from eightfold.models.loading import load_decoder
 
     folder = checkpoint.find(ended_run, "latest")
     theirs = AutoModelForCausalLM.from_pretrained(folder)

@@ -2,6 +2,7 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
@@ -15,6 +16,8 @@ __all__ = [
     "build_info",
     "dre_dequantize",
     "dre_quantize",
+    "fp8_gemm",
+    "fp8_gemm_accumulate_",
     "quantize",
     "quantize_both",
     "requantize",

@@ -66,7 +66,8 @@ class TrainConfig(_Section):
     deterministic: bool = Field(True, description="deterministic kernels of torch, so that a resume repeats every bit")
     eval_every: int = Field(50, ge=0, description="steps between evaluations on held-out text; 0: first and last only")
     eval_sequences: PositiveInt = Field(64, description="held-out sequences of one evaluation, at most")
-    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0: at the end only")
+    checkpoint_every: int = Field(100, ge=0, description="steps between checkpoints; 0: none between")
+    checkpoint_at_end: bool = True
     keep_last: PositiveInt = Field(2, description="checkpoints kept")
     log_every: PositiveInt = 1
     tensorboard: bool = Field(True, description="write TensorBoard logs where the package is installed")

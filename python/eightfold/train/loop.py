@@ -166,13 +166,17 @@ class _Run:
             last = self.step == config.steps
             stopping = stop.agreed()
             evaluation = last or (config.eval_every and self.step % config.eval_every == 0)
-            saving = last or stopping or (config.checkpoint_every and self.step % config.checkpoint_every == 0)
+            saving = (stopping or (last and config.checkpoint_at_end)) or (
+                config.checkpoint_every and self.step % config.checkpoint_every == 0
+            )
             if evaluation or saving or self.step % config.log_every == 0:
                 self._report(pending, norm, rate, tokens, time.perf_counter() - mark)
                 if evaluation and not (stopping and not last):
                     self._evaluate()
                 if saving:
                     self._save()
+                if saving or last:
+                    self._plot()
                 pending, tokens, mark = [], 0, time.perf_counter()
             if stopping and not last:
                 raise Interrupted(f"interrupted after step {self.step}; go on with --resume {self.result.checkpoint}")
@@ -246,6 +250,8 @@ class _Run:
             tokenizer=self.tokenizer,
             keep_last=self.config.keep_last,
         )
+
+    def _plot(self) -> None:
         if self.world.leads:
             name = self.config.model.precision
             plot_curves(
