@@ -137,7 +137,7 @@ def test_groups_of_one_value(device, group):
     zeros = torch.zeros(256, 256, device=device)
     zeros[:, ::2] = -0.0
     q = quant.quantize(zeros, group)
-    assert torch.equal(q.scales, torch.full_like(q.scales, 1e-10) / 448)
+    assert (q.scales.cpu() == torch.tensor(1e-10) / torch.tensor(448.0)).all()
     assert torch.equal(bits(q.codes), bits(zeros).lt(0).to(torch.uint8) * 0x80)
 
     tiny = torch.full((256, 256), 1e-12, device=device)  # below the floor: scaled by the floor, not to 448
@@ -163,7 +163,7 @@ def test_non_finite_groups_are_never_silently_finite(device, group, special):
 def test_power_of_two_scales_are_exact(device):
     x = torch.randn(200, 300, device=device)
     codes, scales = ops.quantize(x, [1, 128], True)
-    assert torch.equal(scales, scales.log2().ceil().exp2())
+    assert (torch.frexp(scales.cpu()).mantissa == 0.5).all()
     plain = ops.quantize(x, [1, 128])[1]
     assert (scales >= plain).all()
     assert (scales < 2 * plain).all()
@@ -365,7 +365,7 @@ def test_cuda_graph():
         captured = work()
     x.copy_(torch.randn(300, 400))
     graph.replay()
-    assert_same(captured, tuple(t.cpu().clone() for t in work()))
+    assert_same(captured, work())
 
 
 def test_results_do_not_depend_on_threads():
