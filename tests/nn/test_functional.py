@@ -300,6 +300,14 @@ def test_weight_gradients_have_the_weight_dtype(device, weight_dtype):
         assert grad.dtype == t.dtype
 
 
+def test_x_and_residual_get_gradients_of_their_own(device):
+    (x, residual, *parameters), ours, _, _ = setup_case("add_norm_linears", device, torch.bfloat16)
+    for _ in range(2):
+        sum(out.float().sum() for out in ours(x, residual, *parameters)).backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+
+
 def test_one_weight_used_twice(device):
     x, weight = make(device, (40, H), (H, H))
     out = F.fp8_linear(F.fp8_linear(x, weight), weight)
