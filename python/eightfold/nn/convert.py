@@ -78,7 +78,9 @@ class _Converter:
             return self.done[module]
         new = self.done[module] = self.replacement(module, name)
         if new is module and not isinstance(module, (FP8Linear, FP8RMSNorm, FP8SwiGLU)):
-            for child_name, child in list(module.named_children()):
+            for child_name, child in list(module._modules.items()):  # named_children skips repeated ones
+                if child is None:
+                    continue
                 full = f"{name}.{child_name}" if name else child_name
                 replaced = self.visit(child, full)
                 if replaced is not child:

@@ -2,7 +2,7 @@
 
 What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales add 1/32 to each FP8 tensor):
 
-    fp8_linear            column codes of the input: 0.5 U; nothing with save="input", which keeps the input by reference
+    fp8_linear            column codes of the input: 0.5 U; with save="input" nothing, but the input by reference
     fp8_norm_linears      row codes of the norm's input, column codes of its output, rstd: 1 U for any number of linears
     fp8_swiglu_mlp        column codes of the input, row codes of gate and up (h is recomputed): 0.5 U + intermediate
     fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
@@ -32,7 +32,7 @@ def fp8_linear(
 ) -> Tensor:
     """x @ weight^T + bias; x [..., in], weight [out, in], bias [out] -> [..., out].
 
-    ``save="columns"`` keeps the input as FP8 codes grouped along the tokens, made from the unrounded x. ``save="input"``
+    ``save="columns"`` keeps the input as FP8 codes grouped along the tokens, made from unrounded x. ``save="input"``
     keeps x itself and makes the same codes in the backward pass: for an input that another op has saved already, as
     attention does its output. Gradients do not depend on the choice. (Jet-RL, section 4.)
     """
@@ -71,7 +71,8 @@ def fp8_norm_linears(
     gradient of s is added inside the norm's backward kernel, and the gradients of the outputs are summed in float32.
     """
     name = "fp8_norm_linears"
-    x, residual = _activation(name, x), _residual(name, x, residual)
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
     biases = [None] * len(weights) if biases is None else list(biases)
     caches = (None,) * len(weights) if caches is None else tuple(caches)
     if not len(weights) == len(biases) == len(caches) or not weights:
@@ -115,7 +116,7 @@ def fp8_norm_swiglu_mlp(
 
 
 def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight^T + bias in bfloat16, forward and backward: operands rounded to bfloat16, sums in float32, rounded once.
+    """x @ weight^T + bias in bfloat16, forward and backward: rounded operands, sums in float32, results rounded once.
 
     On a CPU without bfloat16 matrix units, where torch's own bfloat16 product is several times slower than the float32
     one, the rounded operands are multiplied in float32; elsewhere this is torch.nn.functional.linear.
@@ -129,7 +130,8 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 
 def _swiglu(name, x, residual, norm_weight, eps, weights, caches):
-    x, residual = _activation(name, x), _residual(name, x, residual)
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
     caches = (None,) * 3 if caches is None else tuple(caches)
     gate_weight, up_weight, down_weight = weights
     _check_weight(name, "gate_weight", gate_weight, x.shape[-1], None)

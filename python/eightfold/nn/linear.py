@@ -52,7 +52,8 @@ class FP8Linear(nn.Linear):
 def check_sizes(in_features: int, out_features: int) -> None:
     if in_features % 16 or out_features % 16 or in_features <= 0 or out_features <= 0:
         raise ValueError(
-            f"FP8Linear: in_features and out_features must be positive multiples of 16, got {in_features}, {out_features}"
+            "FP8Linear: in_features and out_features must be positive multiples of 16, "
+            f"got {in_features} and {out_features}"
         )
 
 
