@@ -4,7 +4,7 @@ Low-level ops (`quantize`, `fp8_gemm`, ...), drop-in layers (`eightfold.nn`), an
 (`eightfold.optim`), models and training loops built on them. `eightfold.reference` defines every op in plain torch.
 """
 
-from eightfold import reference
+# ops before reference: loading the library looks the references up where it has no kernels of its own.
 from eightfold.ops import (
     QuantizedTensor,
     build_info,
@@ -12,6 +12,9 @@ from eightfold.ops import (
     quantize_both,
     requantize,
 )
+
+# isort: split
+from eightfold import reference
 
 __version__ = "0.1.0"
 __all__ = [

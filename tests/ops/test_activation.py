@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from eightfold.ops import layouts
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize

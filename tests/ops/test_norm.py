@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from eightfold.ops import layouts
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize
