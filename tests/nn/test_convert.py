@@ -4,8 +4,9 @@ import copy
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, convert
 from torch import nn
+
+from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, convert
 
 transformers = pytest.importorskip("transformers")
 

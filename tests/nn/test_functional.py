@@ -5,9 +5,10 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
+
 from eightfold.nn import functional as F
 from eightfold.reference import activation, gemm, norm, quant
-from torch.utils.checkpoint import checkpoint
 
 H, I, EPS = 256, 352, 1e-5  # I is not a multiple of 128
 DTYPES = [torch.bfloat16, torch.float32]

@@ -5,8 +5,9 @@ import io
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 from torch import nn
+
+from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
 
 
 def test_linear_has_the_keys_and_the_initial_values_of_nn_linear(device):

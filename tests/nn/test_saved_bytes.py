@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from eightfold.nn import FP8Linear, convert, functional
 from torch import nn
+
+from eightfold.nn import FP8Linear, convert, functional
 
 HIDDEN, INTERMEDIATE, HEADS, BATCH, LENGTH = 512, 1376, 8, 2, 256
 U = BATCH * LENGTH * HIDDEN * 2
@@ -109,6 +110,22 @@ def test_llama_layer_saves_at_most_nine_and_a_half_u(device):
     assert sum(s.dtype == torch.float8_e4m3fn for s in fp8) == 6
     out.sum().backward()
     assert x.grad.isfinite().all()
+
+
+def test_compiled_layer_saves_no_more(device):
+    """The compiler chooses what to save: it must not keep FP8 copies of weights, nor the attention output twice."""
+    layer, x = Layer(device), input_of_layer(device)
+    torch._dynamo.reset()
+    out = torch.compile(layer.fp8, fullgraph=True, backend="aot_eager_decomp_partition", dynamic=False)(x)
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in out.grad_fn.saved_tensors}
+    saved = sum(size for pointer, size in storages.items() if pointer not in parameters)
+    eager, _ = saved_storages(lambda: layer.fp8(x), layer.parameters())
+    assert saved / U <= total(eager) + 1e-6
+    dy = torch.randn_like(out)
+    grads = torch.autograd.grad(out, (x, *layer.parameters()), dy)
+    wanted = torch.autograd.grad(layer.fp8(x), (x, *layer.parameters()), dy)
+    assert all((a - b).float().norm() <= 0.03 * b.float().norm() for a, b in zip(grads, wanted, strict=True))
 
 
 def test_fp8_layer_computes_what_the_bf16_layer_computes(device):

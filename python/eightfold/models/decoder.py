@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eightfold.models.attention import KVCache, attention_bias, causal_attention, document_segments
 from eightfold.models.config import DecoderConfig
-from eightfold.models.head import logits, token_loss
+from eightfold.models.head import token_loss
 from eightfold.models.precision import Precision, strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables, rotate
 
@@ -141,7 +141,7 @@ class Decoder(nn.Module):
         and are appended. Raises ValueError naming the argument.
         """
         hidden = self.hidden(ids, positions, document_ids, cache)
-        return logits(hidden[:, -1:] if last_only else hidden, self.lm_head.weight)
+        return self.compute.head(hidden[:, -1:] if last_only else hidden, self.lm_head)
 
     def loss(
         self,

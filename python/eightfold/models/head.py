@@ -67,17 +67,17 @@ class _TokenLoss(torch.autograd.Function):
                 d_hidden[part] = _matmul(error, w)
             if need_weight:
                 d_weight += _matmul(error.t(), h)
-        ctx.gradients = (d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype, ctx.used = weight.dtype, False
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        if ctx.gradients is None:
+        if ctx.used:
             raise RuntimeError("loss: its backward can run once only; call loss again instead of retain_graph=True")
-        d_hidden, d_weight = ctx.gradients
-        ctx.gradients = None
+        ctx.used = True  # the gradients are scaled in place
+        d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden.mul_(grad)
         if d_weight is not None:

