@@ -69,12 +69,12 @@ def demo_config(source: Path, text: Path, output: Path, precision: str, steps: i
         {
             "model": {"path": str(source), "precision": precision},
             "data": {"path": str(text), "sequence_length": SEQUENCE_LENGTH, "held_out": 0.05},
-            "optimizer": {"lr": 2e-4, "warmup_steps": min(4, steps - 1), "min_lr_ratio": 0.1},
+            "optimizer": {"lr": 2e-4, "warmup_steps": min(3, steps - 1), "min_lr_ratio": 0.1},
             "output": str(output),
             "steps": steps,
-            "batch_size": 4,
+            "batch_size": 2,
             "eval_every": 0,
-            "eval_sequences": 12,
+            "eval_sequences": 8,
             "checkpoint_every": 0,
             "checkpoint_at_end": False,
         }
