@@ -3,9 +3,8 @@
 Read: parameter, gradient, two codes and their metadata; written: parameter, two codes, metadata.
 """
 
-import torch
-
 import eightfold.optim
+import torch
 
 from .common import Bench, Case, relative_error
 

@@ -5,6 +5,8 @@
 namespace eightfold::bindings {
 namespace {
 
+using namespace quant;  // the kernels
+
 void check_matrix(const Tensor& t, const char* op, const char* argument) {
   check_rank(t, 2, op, argument);
   check_dtype(t, {ScalarType::BFloat16, ScalarType::Float}, op, argument);

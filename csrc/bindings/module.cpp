@@ -1,7 +1,12 @@
-// `_C`: what is not a tensor op. The op library itself is loaded by eightfold.ops through torch and does not depend on Python.
+// `_C`: what is not a tensor op. The kernels and op registrations are in libeightfold.so, which knows no Python: this module
+// finds its C functions by name, so another Python needs only this file compiled.
+#include <dlfcn.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <string>
+
+#include "core/exports.h"
 #include "core/fp8.h"
 
 namespace py = pybind11;
@@ -20,10 +25,29 @@ py::array_t<float> decode(py::array_t<uint8_t, py::array::c_style | py::array::f
   return values;
 }
 
+template <class Function>
+Function library_function(const char* name) {
+  Dl_info here;
+  dladdr(reinterpret_cast<void*>(&encode), &here);
+  std::string path(here.dli_fname);
+  path = path.substr(0, path.rfind('/') + 1) + "libeightfold.so";
+  void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  void* symbol = library ? dlsym(library, name) : nullptr;
+  if (!symbol)
+    throw py::import_error(std::string(name) + " not found: " + path + " is not loaded (import eightfold first) or is of another version");
+  return reinterpret_cast<Function>(symbol);
+}
+
+py::object build_info() {
+  static const auto info = library_function<decltype(&eightfold_build_info)>("eightfold_build_info");
+  return py::module_::import("json").attr("loads")(info());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Helpers of eightfold that are not tensor ops: the FP8 codec on numpy arrays, build information, kernel plans.";
   m.def("e4m3_encode", &encode, py::arg("values"), "float32 array -> uint8 E4M3 codes: nearest even, saturating at +-448, NaN -> 0x7F.");
   m.def("e4m3_decode", &decode, py::arg("codes"), "uint8 E4M3 codes -> float32 array (exact).");
+  m.def("build_info", &build_info, "What libeightfold.so was built with and the instruction set its CPU matrix kernel uses, as a dict.");
 }

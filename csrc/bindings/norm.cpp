@@ -6,6 +6,8 @@
 namespace eightfold::bindings {
 namespace {
 
+using namespace quant;  // the kernels
+
 void check_norm_input(const Tensor& x, const Tensor& weight, const char* op, const char* argument) {
   check_rank(x, 2, op, argument);
   check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);

@@ -40,6 +40,6 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "adamw_dre_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] masters, Tensor(c!)[] m_codes, Tensor(d!)[] m_maxima, "
       "Tensor(e!)[] m_exponents, Tensor(f!)[] v_codes, Tensor(g!)[] v_maxima, Tensor(h!)[] v_exponents, int[] row_lengths, int[] "
-      "offsets, Tensor lr, Tensor step, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, bool "
+      "offsets, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, bool "
       "stochastic_states, int seed) -> ()");
 }

@@ -41,7 +41,7 @@ namespace {
 // Four lanes, which every 64-bit processor has; products and sums are rounded separately.
 struct Portable {
   typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
-  static constexpr int kLanes = 4, kVecs = 2, kMr = 4, kCodes = 1, kStageRows = 4;
+  static constexpr int kLanes = 4, kVecs = 4, kMr = 2, kCodes = 1;
   static constexpr int64_t kDepth = 2, kRowBlock = 64;
 
   static Vec zero() { return Vec{}; }
@@ -52,12 +52,12 @@ struct Portable {
   static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
   static Vec dot_step(Vec a, Vec b, Vec c) { return a * b + c; }
 
-  template <int kRows, bool kScaleUp>
-  static void transpose_decode(const uint8_t* stage, float* dst, int stride) {
-    int rows = stride < kRows ? stride : kRows;
-    for (int k = 0; k < kStage; ++k, dst += stride)
-      for (int r = 0; r < rows; ++r) dst[r] = e4m3_to_float(stage[r * kStage + k]);
+  static void decode(const uint8_t* codes, int64_t ld, int rows, float* dst, int stride) {
+    for (int r = 0; r < rows; ++r)
+      for (int k = 0; k < kStage; ++k) dst[k * stride + r] = e4m3_to_float(codes[r * ld + k]);
   }
+  static void decode_a(const uint8_t* codes, int64_t ld, int rows, float* dst) { decode(codes, ld, rows, dst, rows); }
+  static void decode_b(const uint8_t* codes, int64_t ld, int columns, float* dst) { decode(codes, ld, columns, dst, kLanes * kVecs); }
 };
 
 void fp8_gemm_cpu_portable(const Fp8GemmArgs& args) { Fp8GemmCpu<Portable>::run(args); }

@@ -29,17 +29,23 @@ float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats);
 
 namespace {
 
-constexpr int64_t kBlock = 128;         // of k, per scale
-constexpr int kStage = 64;              // codes of a row that are copied at once: a cache line
-constexpr int64_t kRowChunk = 2048;     // rows per pass: bounds the fp32 workspace
-constexpr int64_t kColumnChunk = 1024;  // columns per shared pack of b
-constexpr int64_t kDepthChunk = 16;     // blocks of k per shared pack of b: 8 MiB with kColumnChunk
+constexpr int kUnroll = 4;                  // steps of the micro-kernel's loop
+constexpr int64_t kBlock = 128;             // of k, per scale
+constexpr int kStage = 64;                  // codes of a row that are copied at once: a cache line
+constexpr int64_t kRowChunk = 2048;         // rows per pass
+constexpr int64_t kColumnChunk = 2048;      // columns per pass, at most
+constexpr int64_t kDepthChunk = 16;         // blocks of k per pass
+constexpr int64_t kSharedFloats = 1 << 21;  // in the packed b of a pass, and in its sums: 8 MiB each
+constexpr int64_t kSerialCodes = 1 << 14;   // codes of b that are not worth a second thread
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Isa: Vec; kLanes; kVecs (vectors in a column panel); kMr; kCodes (consecutive k in one 32-bit step); kDepth (blocks of k per
-// packed block of a); kRowBlock; zero, load, store, broadcast, multiply, multiply_add, dot_step; transpose_decode.
+// packed block of a); kRowBlock; zero, load, store, broadcast, multiply, multiply_add, dot_step; decode_a(codes, ld, rows, dst) and
+// decode_b(codes, ld, columns <= 16, dst): kStage codes of each row to steps (values times factors whose product is one).
 template <class Isa>
 struct Fp8GemmCpu {
   using Vec = typename Isa::Vec;
@@ -49,14 +55,15 @@ struct Fp8GemmCpu {
   static constexpr int64_t kPanelBlock = int64_t{kNr} * (kSteps + 1);    // a block of a packed panel of b: scales, then steps
   static constexpr int kStepsPerStage = kStage / Isa::kCodes;
 
-  // A rectangle of the product: rows [0, m) of `args`, column panels [panel_begin, panel_end), blocks [block_begin, block_end).
+  // Rows [row_begin, row_end) times column panels [panel_begin, panel_end), over blocks [block_begin, block_end) of k.
   struct Piece {
     int64_t row_begin, row_end, panel_begin, panel_end, block_begin, block_end;
   };
-  // Where partial results live between blocks of k. Element (i, j) at base[i * ld + j].
-  struct Accumulator {
+  // fp32 sums between blocks of k: row r of panel p at base + p * panel_stride + r * kNr. Not in `out`, whose rows are often a
+  // multiple of 4096 bytes apart: a tile of such rows costs the micro-kernel 4 %.
+  struct Sums {
     float* base;
-    int64_t ld;
+    int64_t panel_stride;
   };
 
   // Row panels have equal heights up to one, so that none is too short to hide the latency of its multiply-adds.
@@ -64,53 +71,49 @@ struct Fp8GemmCpu {
 
   // --- packing ---
 
-  // Copies codes [k, k + kStage) of `rows` rows into stage[kRows][kStage], zeros where the matrix ends.
-  template <int kRows>
-  static void stage_codes(const uint8_t* codes, int64_t ld, int rows, int depth, uint8_t* stage) {
-    if (rows < kRows || depth < kStage) std::memset(stage, 0, kRows * kStage);
-    if (depth >= kStage) {
-      for (int r = 0; r < rows; ++r) std::memcpy(stage + r * kStage, codes + r * ld, kStage);
-    } else {
-      for (int r = 0; r < rows; ++r) std::memcpy(stage + r * kStage, codes + r * ld, depth);
+  // The codes [k, k + kStage) of `rows` rows: in place, or, where k ends in between, copied and filled up with zeros.
+  struct Stage {
+    alignas(64) uint8_t copy[16 * kStage];
+    const uint8_t* codes;
+    int64_t ld;
+
+    Stage(const uint8_t* matrix, int64_t matrix_ld, int rows, int64_t depth) : codes(matrix), ld(matrix_ld) {
+      if (depth >= kStage) return;
+      std::memset(copy, 0, sizeof copy);
+      for (int r = 0; r < rows; ++r) std::memcpy(copy + r * kStage, matrix + r * matrix_ld, depth);
+      codes = copy;
+      ld = kStage;
     }
-  }
+  };
 
   // Rows [row, row + rows) of a, `blocks` blocks of k from `block`: step s of row r at dst[s * rows + r]. Writes up to 16 floats
   // past the last step of the last block.
-  static void pack_a(const Fp8GemmArgs& args, int64_t row, int rows, int64_t block, int64_t blocks, float* dst) {
-    alignas(64) uint8_t stage[Isa::kStageRows * kStage];
-    const uint8_t* codes = args.a + row * args.lda;
+  static __attribute__((noinline)) void pack_a(const Fp8GemmArgs& args, int64_t row, int rows, int64_t block, int64_t blocks, float* dst) {
     int64_t end = smaller(args.k, (block + blocks) * kBlock);
-    for (int64_t k = block * kBlock; k < end; k += kStage) {
-      stage_codes<Isa::kStageRows>(codes + k, args.lda, rows, static_cast<int>(smaller(kStage, end - k)), stage);
-      Isa::template transpose_decode<Isa::kStageRows, true>(stage, dst, rows);
-      dst += kStepsPerStage * rows;
+    for (int64_t k = block * kBlock; k < end; k += kStage, dst += kStepsPerStage * rows) {
+      Stage stage(args.a + row * args.lda + k, args.lda, rows, end - k);
+      Isa::decode_a(stage.codes, stage.ld, rows, dst);
     }
   }
 
   // A column panel of b, `blocks` blocks of k from `block`: for each block its kNr scales, then step s of column j at [s * kNr + j].
-  static void pack_b(const Fp8GemmArgs& args, int64_t panel, int64_t block, int64_t blocks, float* dst) {
-    alignas(64) uint8_t stage[16 * kStage];
+  // Columns past the last repeat one that exists; their products are dropped.
+  static __attribute__((noinline)) void pack_b(const Fp8GemmArgs& args, int64_t panel, int64_t block, int64_t blocks, float* dst) {
     int64_t column = panel * kNr;
-    int columns = static_cast<int>(smaller(kNr, args.n - column));
-    const uint8_t* codes = args.b + column * args.ldb;
     for (int64_t g = block; g < block + blocks; ++g, dst += kPanelBlock) {
-      if (args.b_group_rows == 1) {
-        const float* scales = args.b_scales + g * args.ld_b_scales + column;
-        for (int j = 0; j < kNr; ++j) dst[j] = j < columns ? scales[j] : 0.0f;
-      } else {
-        for (int j = 0; j < kNr; ++j) dst[j] = args.b_scales[smaller(column + j, args.n - 1) / kBlock * args.ld_b_scales + g];
+      for (int j = 0; j < kNr; ++j) {
+        int64_t at = smaller(column + j, args.n - 1);
+        dst[j] = args.b_group_rows == 1 ? args.b_scales[at + g * args.ld_b_scales] : args.b_scales[at / kBlock * args.ld_b_scales + g];
       }
       int64_t end = smaller(args.k, (g + 1) * kBlock);
       float* step = dst + kNr;
-      for (int64_t k = g * kBlock; k < end; k += kStage, step += kStepsPerStage * kNr) {
-        int depth = static_cast<int>(smaller(kStage, end - k));
+      for (int64_t k = g * kBlock; k < end; k += kStage, step += kStepsPerStage * kNr)
         for (int j = 0; j < kNr; j += 16) {
-          int count = static_cast<int>(smaller(16, columns - j));
-          stage_codes<16>(codes + j * args.ldb + k, args.ldb, count > 0 ? count : 0, depth, stage);
-          Isa::template transpose_decode<16, false>(stage, step + j, kNr);
+          int64_t first = smaller(column + j, args.n - 1);
+          int columns = static_cast<int>(smaller(16, args.n - first));
+          Stage stage(args.b + first * args.ldb + k, args.ldb, columns, end - k);
+          Isa::decode_b(stage.codes, stage.ld, columns, step + j);
         }
-      }
     }
   }
 
@@ -122,52 +125,58 @@ struct Fp8GemmCpu {
     int64_t ld_a_scales;
     const float* b;        // packed, the first block of the first panel
     int64_t panel_stride;  // floats from a panel to the next
-    float* c;
-    int64_t ldc;
+    float* c;              // kNr a row
+    int64_t c_panel_stride;
     int64_t depth;
     bool first;  // c holds nothing yet
   };
 
   template <int kRows, int kPanels>
-  static void multiply_tile(const Tile& t) {
+  __attribute__((noinline)) static void multiply_tile(const Tile& t) {
     constexpr int kV = Isa::kVecs * kPanels;
     const float* a = t.a;
     const float* a_scales = t.a_scales;
     const float* b_block = t.b;
+    const int64_t panel_stride = t.panel_stride, c_panel_stride = t.c_panel_stride, ld_a_scales = t.ld_a_scales;
+    float* const c = t.c;
     bool first = t.first;
-    for (int r = 0; r < kRows; ++r) __builtin_prefetch(t.c + r * t.ldc, 1);
-    for (int64_t left = t.depth; left > 0; left -= kBlock, b_block += kPanelBlock, a_scales += t.ld_a_scales) {
-      int steps = static_cast<int>(ceil_div(smaller(left, kBlock), Isa::kCodes));
+    for (int r = 0; r < kRows * kNr; r += 16) __builtin_prefetch(c + r, 1);
+    for (int64_t left = t.depth; left > 0; left -= kBlock, b_block += kPanelBlock, a_scales += ld_a_scales) {
+      const float* b = b_block + kNr;
+      const float* a_end = a + kRows * round_up(ceil_div(smaller(left, kBlock), Isa::kCodes), kUnroll);
       Vec partial[kRows][kV];
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) partial[r][v] = Isa::zero();
-      const float* b = b_block + kNr;
-#pragma GCC unroll 4
-      for (int s = 0; s < steps; ++s) {
-        Vec column[kV];
-#pragma GCC unroll 8
-        for (int v = 0; v < kV; ++v) column[v] = Isa::load(b + (v / Isa::kVecs) * t.panel_stride + (v % Isa::kVecs) * Isa::kLanes);
+      do {
 #pragma GCC unroll 16
-        for (int r = 0; r < kRows; ++r) {
-          Vec row = Isa::broadcast(a + r);
+        for (int s = 0; s < kUnroll; ++s) {
+          asm volatile("" ::: "memory");  // keeps the next step's loads where they are: hoisted, they would spill accumulators
+          Vec column[kV];
 #pragma GCC unroll 8
-          for (int v = 0; v < kV; ++v) partial[r][v] = Isa::dot_step(row, column[v], partial[r][v]);
+          for (int v = 0; v < kV; ++v)
+            column[v] = Isa::load(b + (v / Isa::kVecs) * panel_stride + (v % Isa::kVecs) * Isa::kLanes + s * kNr);
+#pragma GCC unroll 16
+          for (int r = 0; r < kRows; ++r) {
+            Vec row = Isa::broadcast(a + r + s * kRows);
+#pragma GCC unroll 8
+            for (int v = 0; v < kV; ++v) partial[r][v] = Isa::dot_step(row, column[v], partial[r][v]);
+          }
         }
-        a += kRows;
-        b += kNr;
-      }
+        a += kUnroll * kRows;
+        b += kUnroll * kNr;
+      } while (a != a_end);
       // Promotion: one multiply-add an element, once in 128.
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
         Vec row_scale = Isa::broadcast(a_scales + r);
 #pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          const float* scales = b_block + (v / Isa::kVecs) * t.panel_stride + (v % Isa::kVecs) * Isa::kLanes;
-          float* c = t.c + r * t.ldc + v * Isa::kLanes;
-          Vec scale = Isa::multiply(row_scale, Isa::load(scales));
-          Isa::store(c, Isa::multiply_add(partial[r][v], scale, first ? Isa::zero() : Isa::load(c)));
+          int panel = v / Isa::kVecs, lane = (v % Isa::kVecs) * Isa::kLanes;
+          float* at = c + panel * c_panel_stride + r * kNr + lane;
+          Vec scale = Isa::multiply(row_scale, Isa::load(b_block + panel * panel_stride + lane));
+          Isa::store(at, Isa::multiply_add(partial[r][v], scale, first ? Isa::zero() : Isa::load(at)));
         }
       }
       first = false;
@@ -183,38 +192,47 @@ struct Fp8GemmCpu {
       if (rows != kRows) return multiply_dispatch<kRows - 1>(t, rows, panels);
       if (panels == panels_at_once(kRows)) return multiply_tile<kRows, panels_at_once(kRows)>(t);
       Tile one = t;
-      for (int p = 0; p < panels; ++p, one.b += t.panel_stride, one.c += kNr) multiply_tile<kRows, 1>(one);
+      for (int p = 0; p < panels; ++p, one.b += t.panel_stride, one.c += t.c_panel_stride) multiply_tile<kRows, 1>(one);
     }
   }
 
   // --- results ---
 
-  // fp32 sums of `rows` rows and `columns` columns to the caller's matrix, at (row, column) of it.
-  static void finish(const Fp8GemmArgs& args, const float* c, int64_t ldc, int64_t row, int rows, int64_t column, int columns) {
-    float bias[4 * kNr];
-    for (int j = 0; j < columns; ++j)
-      bias[j] = args.bias_type == DType::f32 ? (args.bias ? static_cast<const float*>(args.bias)[column + j] : 0.0f)
-                                             : bf16_to_float(args.bias ? static_cast<const uint16_t*>(args.bias)[column + j] : 0);
-    for (int r = 0; r < rows; ++r, c += ldc) {
-      int64_t at = (row + r) * args.ldo + column;
-      if (args.out_type == DType::bf16) {
-        uint16_t* out = static_cast<uint16_t*>(args.out) + at;
-        for (int j = 0; j < columns; ++j) out[j] = float_to_bf16(c[j] + bias[j]);
-      } else {
-        float* out = static_cast<float*>(args.out) + at;
-        if (args.accumulate) {
-          for (int j = 0; j < columns; ++j) out[j] += c[j];
-        } else {
-          for (int j = 0; j < columns; ++j) out[j] = c[j] + bias[j];
-        }
-      }
+  static void prefetch_out(const Fp8GemmArgs& args, int64_t row, int rows, int64_t panel) {
+    int64_t bytes = args.out_type == DType::f32 ? 4 : 2;
+    const char* at = static_cast<const char*>(args.out) + (row * args.ldo + panel * kNr) * bytes;
+    for (int r = 0; r < rows; ++r, at += args.ldo * bytes)
+      for (int64_t line = 0; line < kNr * bytes; line += 64) __builtin_prefetch(at + line, 1);
+  }
+
+  // The sums of `rows` rows of a column panel, to the caller's matrix.
+  static void finish(const Fp8GemmArgs& args, const float* c, int64_t row, int rows, int64_t panel) {
+    int64_t column = panel * kNr;
+    int columns = static_cast<int>(smaller(kNr, args.n - column));
+    float bias[kNr] = {};
+    if (args.bias && args.bias_type == DType::f32)
+      for (int j = 0; j < columns; ++j) bias[j] = static_cast<const float*>(args.bias)[column + j];
+    if (args.bias && args.bias_type == DType::bf16)
+      for (int j = 0; j < columns; ++j) bias[j] = bf16_to_float(static_cast<const uint16_t*>(args.bias)[column + j]);
+    auto write = [&](auto* out, int count) {
+      for (int r = 0; r < rows; ++r, c += kNr, out += args.ldo)
+        for (int j = 0; j < count; ++j) write_sum(out + j, c[j] + bias[j], args.accumulate);
+    };
+    int64_t at = row * args.ldo + column;
+    auto write_all = [&](auto* out) { columns == kNr ? write(out + at, kNr) : write(out + at, columns); };
+    if (args.out_type == DType::bf16) {
+      write_all(static_cast<uint16_t*>(args.out));
+    } else {
+      write_all(static_cast<float*>(args.out));
     }
   }
+  static EF_HD void write_sum(float* out, float sum, bool accumulate) { *out = accumulate ? *out + sum : sum; }
+  static EF_HD void write_sum(uint16_t* out, float sum, bool) { *out = float_to_bf16(sum); }
 
   // --- blocking ---
 
-  // `shared_b`: the panels of the piece, packed over its blocks, or null: pack here. `c` starts at (row_begin, panel_begin).
-  static void multiply_piece(const Fp8GemmArgs& args, const Piece& p, const float* shared_b, Accumulator c, bool direct) {
+  // `shared_b`: the panels of the piece, packed over its blocks, or null: pack here. `sums` starts at (row_begin, panel_begin).
+  static void multiply_piece(const Fp8GemmArgs& args, const Piece& p, const float* shared_b, Sums sums) {
     int rows = static_cast<int>(p.row_end - p.row_begin);
     int row_panels = static_cast<int>(ceil_div(rows, kMr));
     int group = row_panels == 1 ? panels_at_once(rows) : 1;
@@ -230,7 +248,7 @@ struct Fp8GemmCpu {
       }
       Tile t;
       t.ld_a_scales = args.ld_a_scales;
-      t.ldc = c.ld;
+      t.c_panel_stride = sums.panel_stride;
       t.depth = smaller(args.k - block * kBlock, blocks * kBlock);
       t.first = block == 0;
       for (int64_t panel = p.panel_begin; panel < p.panel_end; panel += group) {
@@ -248,33 +266,26 @@ struct Fp8GemmCpu {
           int height = static_cast<int>(panel_row(rp + 1, row_panels, rows) - row);
           t.a = packed_a + row * blocks * kSteps;
           t.a_scales = args.a_scales + p.row_begin + row + block * args.ld_a_scales;
-          t.c = c.base + row * c.ld + (panel - p.panel_begin) * kNr;
+          t.c = sums.base + (panel - p.panel_begin) * sums.panel_stride + row * kNr;
+          bool last = block + blocks == all_blocks;
+          if (last) prefetch_out(args, p.row_begin + row, height, panel);
           multiply_dispatch<kMr>(t, height, panels);
-          if (block + blocks == all_blocks && !direct) {
-            int64_t column = panel * kNr;
-            int columns = static_cast<int>(smaller(int64_t{panels} * kNr, args.n - column));
-            finish(args, t.c, c.ld, p.row_begin + row, height, column, columns);
-          }
+          if (!last) continue;
+          for (int i = 0; i < panels; ++i) finish(args, t.c + i * sums.panel_stride, p.row_begin + row, height, panel + i);
         }
       }
     }
   }
 
-  // The sums can live in the caller's matrix when nothing is left to do to them.
-  static bool writes_directly(const Fp8GemmArgs& args) {
-    return args.out_type == DType::f32 && !args.accumulate && !args.bias && args.n % kNr == 0;
-  }
-
   static void multiply_few_rows(const Fp8GemmArgs& args) {
     int64_t panels = ceil_div(args.n, kNr);
     int64_t blocks = ceil_div(args.k, kBlock);
-    bool direct = writes_directly(args);
-    int64_t chunk = kColumnChunk / kNr;
-    parallel_for(panels, 1 + (1 << 16) / (args.m * args.k + (args.k << 3)), [&](int64_t begin, int64_t end) {
-      float* workspace = direct ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * kColumnChunk);
+    int64_t chunk = kColumnChunk / 2 / kNr;
+    int64_t grain = 1 + kSerialCodes / (kNr * args.k);
+    parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
+      Sums sums{fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * chunk * kNr), args.m * kNr};
       for (int64_t p = begin; p < end; p += chunk) {
-        Accumulator c = direct ? Accumulator{static_cast<float*>(args.out) + p * kNr, args.ldo} : Accumulator{workspace, kColumnChunk};
-        multiply_piece(args, {0, args.m, p, smaller(p + chunk, end), 0, blocks}, nullptr, c, direct);
+        multiply_piece(args, {0, args.m, p, smaller(p + chunk, end), 0, blocks}, nullptr, sums);
       }
     });
   }
@@ -283,28 +294,25 @@ struct Fp8GemmCpu {
     int64_t all_panels = ceil_div(args.n, kNr);
     int64_t all_blocks = ceil_div(args.k, kBlock);
     int64_t row_blocks = ceil_div(args.m, Isa::kRowBlock);
-    bool direct = writes_directly(args);
-    int64_t panel_chunks = ceil_div(all_panels, kColumnChunk / kNr);
-    int64_t depth_chunks = ceil_div(all_blocks, kDepthChunk);
-    int64_t most_panels = ceil_div(all_panels, panel_chunks);
-    int64_t most_blocks = ceil_div(all_blocks, depth_chunks);
+    int64_t most_blocks = ceil_div(all_blocks, ceil_div(all_blocks, kDepthChunk));
+    int64_t chunk = smaller(kColumnChunk, kSharedFloats / larger(args.m, most_blocks * kBlock)) / kNr;
+    int64_t most_panels = ceil_div(all_panels, ceil_div(all_panels, chunk));
     float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * most_blocks * kPanelBlock);
-    float* workspace = direct ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
+    float* workspace = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
     for (int64_t panel = 0; panel < all_panels; panel += most_panels) {
       int64_t panels = smaller(most_panels, all_panels - panel);
       for (int64_t block = 0; block < all_blocks; block += most_blocks) {
         int64_t blocks = smaller(most_blocks, all_blocks - block);
-        parallel_for(panels, 4, [&](int64_t begin, int64_t end) {
+        parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
           for (int64_t p = begin; p < end; ++p) pack_b(args, panel + p, block, blocks, packed_b + p * blocks * kPanelBlock);
         });
-        parallel_for(row_blocks * panels, 4, [&](int64_t begin, int64_t end) {
+        parallel_for(row_blocks * panels, 1, [&](int64_t begin, int64_t end) {
           for (int64_t at = begin; at < end;) {
-            int64_t rb = at / panels, first = at % panels, last = smaller(panels, first + end - at);
-            int64_t row = panel_row(rb, row_blocks, args.m), row_end = panel_row(rb + 1, row_blocks, args.m);
-            Accumulator c = direct ? Accumulator{static_cast<float*>(args.out) + row * args.ldo + (panel + first) * kNr, args.ldo}
-                                   : Accumulator{workspace + row * most_panels * kNr + first * kNr, most_panels * kNr};
+            int64_t row_block = at / panels, first = at % panels, last = smaller(panels, first + end - at);
+            int64_t row = panel_row(row_block, row_blocks, args.m), row_end = panel_row(row_block + 1, row_blocks, args.m);
+            Sums sums{workspace + (first * args.m + row) * kNr, args.m * kNr};
             Piece piece{row, row_end, panel + first, panel + last, block, block + blocks};
-            multiply_piece(args, piece, packed_b + first * blocks * kPanelBlock, c, direct);
+            multiply_piece(args, piece, packed_b + first * blocks * kPanelBlock, sums);
             at += last - first;
           }
         });

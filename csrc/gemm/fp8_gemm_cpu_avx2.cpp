@@ -8,7 +8,7 @@ namespace {
 
 struct Avx2 {
   using Vec = __m256;
-  static constexpr int kLanes = 8, kVecs = 2, kMr = 6, kCodes = 1, kStageRows = 8;
+  static constexpr int kLanes = 8, kVecs = 2, kMr = 6, kCodes = 1;
   static constexpr int64_t kDepth = 2, kRowBlock = 168;
 
   static Vec zero() { return _mm256_setzero_ps(); }
@@ -19,37 +19,56 @@ struct Avx2 {
   static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static Vec dot_step(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-  // Both operands decode to value * 2^-8; `a` (kScaleUp) carries the 2^16 that makes products whole again.
-  template <bool kScaleUp, bool kNaN>
-  static Vec decode(__m128i code_in_high_byte) {
-    Vec v = _mm256_cvtph_ps(to_half_bits<kNaN>(code_in_high_byte));
-    return kScaleUp ? _mm256_mul_ps(v, _mm256_set1_ps(65536.0f)) : v;
-  }
+  // Both operands decode to value * 2^-8; a carries the 2^16 that makes their products whole again.
+  static EF_INLINE Vec widen_a(__m128i half) { return _mm256_mul_ps(_mm256_cvtph_ps(half), _mm256_set1_ps(65536.0f)); }
 
-  template <int kRows, bool kScaleUp, bool kNaN>
-  static void transpose_decode_stage(const uint8_t* stage, float* dst, int stride) {
+  // Two k a register, in ascending order: the store of a k spills over the next one's place, which is written after it.
+  template <bool kNaN>
+  static void write_a(const __m128i (&x)[8], float* dst, int rows) {
     const __m128i zero = _mm_setzero_si128();
-    for (int k = 0; k < 64; k += 16) {
-      __m128i x[kRows];
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) x[r] = _mm_load_si128(reinterpret_cast<const __m128i*>(stage + r * 64 + k));
-      transpose_codes<kRows>(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < kRows; ++i) {
-        Vec low = decode<kScaleUp, kNaN>(_mm_unpacklo_epi8(zero, x[i]));
-        Vec high = decode<kScaleUp, kNaN>(_mm_unpackhi_epi8(zero, x[i]));
-        _mm256_storeu_ps(dst, low);
-        _mm256_storeu_ps(dst + (kRows == 8 ? stride : 8), high);
-        dst += kRows == 8 ? 2 * stride : stride;
-      }
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, dst += 2 * rows) {
+      _mm256_storeu_ps(dst, widen_a(half_bits<kNaN>(_mm_unpacklo_epi8(zero, x[i]))));
+      _mm256_storeu_ps(dst + rows, widen_a(half_bits<kNaN>(_mm_unpackhi_epi8(zero, x[i]))));
     }
   }
 
-  // stage[kRows][64] to dst[k * stride + row]; with kRows = 8, rows past `stride` are overwritten by the next k.
-  template <int kRows, bool kScaleUp>
-  static void transpose_decode(const uint8_t* stage, float* dst, int stride) {
-    if (holds_nan(stage, kRows * 64)) return transpose_decode_stage<kRows, kScaleUp, true>(stage, dst, stride);
-    transpose_decode_stage<kRows, kScaleUp, false>(stage, dst, stride);
+  static void decode_a(const uint8_t* codes, int64_t ld, int rows, float* dst) {
+    for (int k = 0; k < kStage; k += 16, dst += 16 * rows) {
+      __m128i x[8];
+#pragma GCC unroll 8
+      for (int r = 0; r < 8; ++r) x[r] = load_codes(codes + (r < rows ? r : 0) * ld + k, __m128i{});
+      bool nan = holds_nan(x);
+      transpose_codes(x);
+      nan ? write_a<true>(x, dst, rows) : write_a<false>(x, dst, rows);
+    }
+  }
+
+  // Four k a register: 2 i, 2 i + 1, and those 16 further.
+  template <bool kNaN>
+  static void write_b(const __m256i (&x)[8], float* dst) {
+    const __m256i zero = _mm256_setzero_si256();
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i, dst += 32) {
+      __m256i even = half_bits<kNaN>(_mm256_unpacklo_epi8(zero, x[i]));
+      __m256i odd = half_bits<kNaN>(_mm256_unpackhi_epi8(zero, x[i]));
+      _mm256_storeu_ps(dst, _mm256_cvtph_ps(_mm256_castsi256_si128(even)));
+      _mm256_storeu_ps(dst + 16, _mm256_cvtph_ps(_mm256_castsi256_si128(odd)));
+      _mm256_storeu_ps(dst + 16 * 16, _mm256_cvtph_ps(_mm256_extracti128_si256(even, 1)));
+      _mm256_storeu_ps(dst + 17 * 16, _mm256_cvtph_ps(_mm256_extracti128_si256(odd, 1)));
+    }
+  }
+
+  static void decode_b(const uint8_t* codes, int64_t ld, int columns, float* dst) {
+    for (int half = 0; half < 16; half += 8)
+      for (int k = 0; k < kStage; k += 32) {
+        __m256i x[8];
+#pragma GCC unroll 8
+        for (int r = 0; r < 8; ++r) x[r] = load_codes(codes + (half + r < columns ? half + r : 0) * ld + k, __m256i{});
+        bool nan = holds_nan(x);
+        transpose_codes(x);
+        nan ? write_b<true>(x, dst + k * 16 + half) : write_b<false>(x, dst + k * 16 + half);
+      }
   }
 };
 

@@ -8,7 +8,7 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int kLanes = 16, kVecs = 2, kMr = 14, kCodes = 1, kStageRows = 16;
+  static constexpr int kLanes = 16, kVecs = 2, kMr = 14, kCodes = 1;
   static constexpr int64_t kDepth = 2, kRowBlock = 168;
 
   static Vec zero() { return _mm512_setzero_ps(); }
@@ -19,32 +19,37 @@ struct Avx512 {
   static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static Vec dot_step(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-  template <int kRows, bool kScaleUp, bool kNaN>
-  static void transpose_decode_stage(const uint8_t* stage, float* dst, int stride) {
-    const __m128i zero = _mm_setzero_si128();
-    for (int k = 0; k < 64; k += 16) {
-      __m128i x[kRows];
+  // Register i holds k = i and k = i + 16. Both operands decode to value * 2^-8; a carries the 2^16 that makes their products whole.
+  template <bool kIsA, bool kNaN>
+  static void write(const __m256i (&x)[16], float* dst, int stride) {
+    const __m256i zero = _mm256_setzero_si256();
+    const Vec factor = _mm512_set1_ps(65536.0f);
+    const __mmask16 mask = kIsA ? static_cast<__mmask16>((1u << stride) - 1) : static_cast<__mmask16>(0xFFFF);
 #pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) x[r] = _mm_load_si128(reinterpret_cast<const __m128i*>(stage + r * 64 + k));
-      transpose_codes<kRows>(x);
-#pragma GCC unroll 16
-      for (int i = 0; i < 16; ++i, dst += stride) {
-        __m128i low = to_half_bits<kNaN>(_mm_unpacklo_epi8(zero, x[i]));
-        __m128i high = to_half_bits<kNaN>(_mm_unpackhi_epi8(zero, x[i]));
-        Vec v = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1));
-        // Both operands decode to value * 2^-8; `a` carries the 2^16 that makes products whole again.
-        _mm512_storeu_ps(dst, kScaleUp ? _mm512_mul_ps(v, _mm512_set1_ps(65536.0f)) : v);
-      }
+    for (int i = 0; i < 16; ++i, dst += stride) {
+      __m256i low = half_bits<kNaN>(_mm256_unpacklo_epi8(zero, x[i]));
+      __m256i high = half_bits<kNaN>(_mm256_unpackhi_epi8(zero, x[i]));
+      Vec first = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_permute2x128_si256(low, high, 0x20));
+      Vec second = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_permute2x128_si256(low, high, 0x31));
+      _mm512_mask_storeu_ps(dst, mask, kIsA ? _mm512_mul_ps(first, factor) : first);
+      _mm512_mask_storeu_ps(dst + 16 * stride, mask, kIsA ? _mm512_mul_ps(second, factor) : second);
     }
   }
 
-  // stage[16][64] to dst[k * stride + row]; rows past `stride` are overwritten by the next k.
-  template <int kRows, bool kScaleUp>
-  static void transpose_decode(const uint8_t* stage, float* dst, int stride) {
-    static_assert(kRows == 16);
-    if (holds_nan(stage, kRows * 64)) return transpose_decode_stage<kRows, kScaleUp, true>(stage, dst, stride);
-    transpose_decode_stage<kRows, kScaleUp, false>(stage, dst, stride);
+  template <bool kIsA>
+  static void decode(const uint8_t* codes, int64_t ld, int rows, float* dst, int stride) {
+    for (int k = 0; k < kStage; k += 32, dst += 32 * stride) {
+      __m256i x[16];
+#pragma GCC unroll 16
+      for (int r = 0; r < 16; ++r) x[r] = load_codes(codes + (r < rows ? r : 0) * ld + k, __m256i{});
+      bool nan = holds_nan(x);
+      transpose_codes(x);
+      nan ? write<kIsA, true>(x, dst, stride) : write<kIsA, false>(x, dst, stride);
+    }
   }
+
+  static void decode_a(const uint8_t* codes, int64_t ld, int rows, float* dst) { decode<true>(codes, ld, rows, dst, rows); }
+  static void decode_b(const uint8_t* codes, int64_t ld, int columns, float* dst) { decode<false>(codes, ld, columns, dst, 32); }
 };
 
 }  // namespace

@@ -5,10 +5,10 @@
 
 #include "core/fp8.h"
 #include "core/threads.h"
+#include "quant/fused_cpu.h"
 #include "quant/norm.h"
-#include "quant/tile_cpu.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
 
 // Sums run in 16 lanes and end in one tree: the order depends on the length alone, not on the instruction set.
@@ -58,7 +58,7 @@ EF_CPU_CLONES void backward_row(const float* xhat, float rstd, const float* g, f
 
 std::vector<float> load_weight(const void* weight, DType dtype, int64_t n) {
   std::vector<float> out(n);
-  load_row(weight, dtype, 0, n, out.data());
+  widen(weight, dtype, 0, n, out.data());
   return out;
 }
 
@@ -70,23 +70,23 @@ void row_pass(const RmsNorm& op, const std::vector<float>& weight, int64_t row_g
     for (int64_t row = begin; row < end; ++row) {
       int64_t offset = row * cols;
       if (op.residual) {
-        load_row(op.residual, op.dtype, offset, cols, s.data());
-        load_row(op.x, op.dtype, offset, cols, y.data());
+        widen(op.residual, op.dtype, offset, cols, s.data());
+        widen(op.x, op.dtype, offset, cols, y.data());
         add(y.data(), cols, s.data());
-        round_row(s.data(), op.dtype, cols);
-        store_row(s.data(), op.dtype, offset, cols, op.sum);
+        round_span(s.data(), op.dtype, cols);
+        narrow(s.data(), cols, op.sum, op.dtype, offset);
       } else {
-        load_row(op.x, op.dtype, offset, cols, s.data());
+        widen(op.x, op.dtype, offset, cols, s.data());
       }
-      if (op.x_rows.codes) quantize_row(s.data(), row, 0, cols, cols, op.x_rows);
+      if (op.x_rows.codes) cast_row(s.data(), row, 0, cols, cols, op.x_rows);
       float mean = sum_of_squares(s.data(), cols) / static_cast<float>(std::max<int64_t>(cols, 1));
       float rstd = 1.0f / std::sqrt(mean + op.eps);
       if (op.rstd) op.rstd[row] = rstd;
       normalise(s.data(), rstd, weight.data(), cols, y.data());
-      if (op.y) store_row(y.data(), op.dtype, offset, cols, op.y);
+      if (op.y) narrow(y.data(), cols, op.y, op.dtype, offset);
       if (op.y_rows.codes) {
-        round_row(y.data(), op.dtype, cols);
-        quantize_row(y.data(), row, 0, cols, cols, op.y_rows);
+        round_span(y.data(), op.dtype, cols);
+        cast_row(y.data(), row, 0, cols, cols, op.y_rows);
       }
     }
   });
@@ -103,11 +103,11 @@ void column_pass(const RmsNorm& op, const std::vector<float>& weight) {
       int64_t rows = std::min(kGroup, op.rows - row), cols = std::min(kGroup, op.cols - col);
       for (int64_t r = 0; r < rows; ++r) {
         float* y = tile.data() + r * kGroup;
-        load_row(s, op.dtype, (row + r) * op.cols + col, cols, y);
+        widen(s, op.dtype, (row + r) * op.cols + col, cols, y);
         normalise(y, op.rstd[row + r], weight.data() + col, cols, y);
-        round_row(y, op.dtype, cols);
+        round_span(y, op.dtype, cols);
       }
-      quantize_columns(tile.data(), row, col, rows, cols, op.y_cols);
+      cast_tile_columns(tile.data(), row, col, rows, cols, op.y_cols);
     }
   });
 }
@@ -132,17 +132,17 @@ void rms_norm_backward_cpu(const RmsNormBackward& op) {
         int64_t offset = row * cols;
         float rstd = op.rstd[row];
         if (op.x)
-          load_row(op.x, op.dtype, offset, cols, x.data());
+          widen(op.x, op.dtype, offset, cols, x.data());
         else
-          load_codes(op.x_codes.codes + offset, op.x_codes.scales + row, op.x_codes.scale_ld, cols, x.data());
-        load_row(op.dy, op.dtype, offset, cols, g.data());
+          decode_row(op.x_codes, row, 0, cols, x.data());
+        widen(op.dy, op.dtype, offset, cols, g.data());
         float dot = backward_products(x.data(), rstd, g.data(), weight.data(), cols, partial);
         backward_row(x.data(), rstd, g.data(), dot / static_cast<float>(std::max<int64_t>(cols, 1)), cols, dx.data());
         if (op.residual_grad) {
-          load_row(op.residual_grad, op.dtype, offset, cols, x.data());
+          widen(op.residual_grad, op.dtype, offset, cols, x.data());
           add(x.data(), cols, dx.data());
         }
-        store_row(dx.data(), op.dtype, offset, cols, op.dx);
+        narrow(dx.data(), cols, op.dx, op.dtype, offset);
       }
     }
   });
@@ -152,4 +152,4 @@ void rms_norm_backward_cpu(const RmsNormBackward& op) {
   });
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

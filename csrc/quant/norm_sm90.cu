@@ -3,11 +3,8 @@
 #include "quant/norm.h"
 #include "quant/row_cast.cuh"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
-
-using quant::aligned16;
-using quant::kWholeWarp;
 
 constexpr int kMaxThreads = 512;
 
@@ -44,18 +41,19 @@ __device__ __forceinline__ float row_total(float v, float* partials) {
 // Everything that is row-wise, from one read. Rows run from the last to the first, so that the column kernel, which starts at the
 // first, finds those in L2.
 template <class T, int kOctets, bool kVector>
-__global__ void __launch_bounds__(kMaxThreads, kOctets * sizeof(T) > 8 ? 1 : 2) norm_rows_kernel(const RmsNorm op) {
+__global__ void __launch_bounds__(kMaxThreads, kOctets * sizeof(T) >= 8 ? 1 : 2) norm_rows_kernel(const RmsNorm op) {
   __shared__ float partials[kMaxThreads / 32];
   const int64_t row = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
   const bool weight_bf16 = op.weight_dtype == DType::bf16;
-  int64_t col[kOctets], count[kOctets];
+  int64_t col[kOctets];
+  int count[kOctets];
   Octet<T> s[kOctets];
 
   // s = x (+ residual)
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
     col[i] = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-    count[i] = row < op.rows ? op.cols - col[i] : 0;
+    count[i] = octet_count(row, col[i], op.rows, op.cols);
     s[i] = load_octet<kVector>(static_cast<const T*>(op.x) + row * op.cols + col[i], count[i]);
   }
   if (op.residual) {
@@ -86,15 +84,15 @@ __global__ void __launch_bounds__(kMaxThreads, kOctets * sizeof(T) > 8 ? 1 : 2) 
   // codes of s, then y and its codes
 #pragma unroll
   for (int i = 0; i < kOctets; ++i) {
-    if (op.x_rows.codes) quant::cast_row_octet(s[i], op.x_rows, row, col[i], op.cols, count[i], kVector);
+    if (op.x_rows.codes) cast_row_octet(s[i], op.x_rows, row, col[i], op.cols, count[i], kVector);
     float w[8], v[8];
-    quant::load_weights<kVector>(op.weight, weight_bf16, col[i], op.cols - col[i], w);
+    load_weights<kVector>(op.weight, weight_bf16, col[i], count[i], w);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = j < count[i] ? __fmul_rn(__fmul_rn(s[i].value(j), rstd), w[j]) : 0.0f;
     Octet<T> y;
     y.set(v);
     if (op.y) store_octet(static_cast<T*>(op.y) + row * op.cols + col[i], y, count[i], kVector);
-    if (op.y_rows.codes) quant::cast_row_octet(y, op.y_rows, row, col[i], op.cols, count[i], kVector);
+    if (op.y_rows.codes) cast_row_octet(y, op.y_rows, row, col[i], op.cols, count[i], kVector);
   }
 }
 
@@ -112,11 +110,11 @@ struct NormSource {
 
   template <bool kVector>
   __device__ __forceinline__ void load(int64_t row, int64_t col, Octet<T> (&out)[1]) const {
-    const int64_t count = row < rows ? cols - col : 0;
+    const int count = octet_count(row, col, rows, cols);
     const Octet<T> x = load_octet<kVector>(s + row * cols + col, count);
-    const float r = row < rows ? __ldg(rstd + row) : 0.0f;
+    const float r = count ? __ldg(rstd + row) : 0.0f;
     float w[8], v[8];
-    quant::load_weights<kVector>(weight, weight_bf16, col, cols - col, w);
+    load_weights<kVector>(weight, weight_bf16, col, count, w);
 #pragma unroll
     for (int j = 0; j < 8; ++j) v[j] = j < count ? __fmul_rn(__fmul_rn(x.value(j), r), w[j]) : 0.0f;
     out[0].set(v);
@@ -127,7 +125,7 @@ template <class T>
 void launch_columns(const RmsNorm& op, bool vector, cudaStream_t stream) {
   const void* s = op.residual ? op.sum : op.x;
   NormSource<T> source{op.rows, op.cols, vector, static_cast<const T*>(s), op.rstd, op.weight, op.weight_dtype == DType::bf16};
-  quant::launch_tile_cast<sizeof(T) == 2 ? 3 : 2, quant::kCols>(source, {{quant::columns_only(op.y_cols)}}, false, stream);
+  launch_tile_cast<sizeof(T) == 2 ? 3 : 2, kCols>(source, {{tile_output({}, op.y_cols)}}, false, stream);
 }
 
 template <class T, bool kVector>
@@ -140,6 +138,7 @@ void launch_rows(const RmsNorm& op, cudaStream_t stream) {
     norm_rows_kernel<T, 2, kVector><<<blocks, shape.block, 0, stream>>>(op);
   else
     norm_rows_kernel<T, 4, kVector><<<blocks, shape.block, 0, stream>>>(op);
+  check_launch("norm_rows_kernel");
 }
 
 template <class T>
@@ -170,7 +169,7 @@ struct SavedOctet {
   Octet<T> octet;
   __device__ float value(int j) const { return octet.value(j); }
   template <bool kVector>
-  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int64_t count) {
+  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int count) {
     return {load_octet<kVector>(static_cast<const T*>(op.x) + row * op.cols + col, count)};
   }
 };
@@ -179,14 +178,17 @@ template <>
 struct SavedOctet<uint8_t> {
   uint2 codes;
   float scale;
-  __device__ float value(int j) const {
-    return __fmul_rn(e4m3_to_float(static_cast<uint8_t>((j < 4 ? codes.x : codes.y) >> (j % 4 * 8))), scale);
+  __device__ __forceinline__ float value(int j) const {
+    const uint32_t word = j < 4 ? codes.x : codes.y;
+    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (j / 2 % 2 * 16)), __NV_E4M3);
+    const float2 code = __half22float2(pair);
+    return __fmul_rn(j % 2 ? code.y : code.x, scale);
   }
   template <bool kVector>
-  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int64_t count) {
+  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int count) {
     if (count <= 0) return {make_uint2(0, 0), 0.0f};
     return {load_codes8<kVector>(op.x_codes.codes + row * op.cols + col, count),
-            __ldg(op.x_codes.scales + row + col / kGroup * op.x_codes.scale_ld)};
+            __ldg(op.x_codes.scales + row + col / kTile * op.x_codes.scale_ld)};
   }
 };
 
@@ -206,7 +208,8 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
     SavedOctet<X> s[kOctets];
 #pragma unroll
     for (int i = 0; i < kOctets; ++i) {
-      const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8, count = op.cols - col;
+      const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
+      const int count = octet_count(row, col, op.rows, op.cols);
       dy[i] = load_octet<kVector>(static_cast<const T*>(op.dy) + row * op.cols + col, count);
       s[i] = SavedOctet<X>::template load<kVector>(op, row, col, count);
       residual[i] = load_octet<kVector>(static_cast<const T*>(op.residual_grad) + row * op.cols + col, op.residual_grad ? count : 0);
@@ -217,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
     for (int i = 0; i < kOctets; ++i) {
       const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
       float w[8];
-      quant::load_weights<kVector>(op.weight, weight_bf16, col, op.cols - col, w);
+      load_weights<kVector>(op.weight, weight_bf16, col, octet_count(0, col, 1, op.cols), w);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float xhat = __fmul_rn(s[i].value(j), rstd);
@@ -231,7 +234,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
     for (int i = 0; i < kOctets; ++i) {
       const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
       float w[8], v[8];
-      quant::load_weights<kVector>(op.weight, weight_bf16, col, op.cols - col, w);
+      load_weights<kVector>(op.weight, weight_bf16, col, octet_count(0, col, 1, op.cols), w);
 #pragma unroll
       for (int j = 0; j < 8; ++j) {
         const float xhat = __fmul_rn(s[i].value(j), rstd), g = __fmul_rn(dy[i].value(j), w[j]);
@@ -240,7 +243,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
       }
       Octet<T> dx;
       dx.set(v);
-      store_octet(static_cast<T*>(op.dx) + row * op.cols + col, dx, op.cols - col, kVector);
+      store_octet(static_cast<T*>(op.dx) + row * op.cols + col, dx, octet_count(0, col, 1, op.cols), kVector);
     }
   }
 
@@ -249,7 +252,7 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
     const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
     Octet<float> sums;
     sums.set(dweight[i]);
-    store_octet(op.partials + static_cast<int64_t>(blockIdx.x) * op.cols + col, sums, op.cols - col, kVector);
+    store_octet(op.partials + static_cast<int64_t>(blockIdx.x) * op.cols + col, sums, octet_count(0, col, 1, op.cols), kVector);
   }
 }
 
@@ -284,6 +287,7 @@ void launch_backward(const RmsNormBackward& op, unsigned blocks, cudaStream_t st
     norm_backward_kernel<T, X, 2, kVector><<<blocks, threads, 0, stream>>>(op);
   else
     norm_backward_kernel<T, X, 4, kVector><<<blocks, threads, 0, stream>>>(op);
+  check_launch("norm_backward_kernel");
 }
 
 template <class T, class X>
@@ -311,6 +315,7 @@ void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream_pointer) {
   }
   fold_dweight_kernel<<<static_cast<unsigned>((op.cols + 31) / 32), dim3(32, kSlices), 0, stream>>>(op.partials, blocks, op.cols,
                                                                                                     op.dweight);
+  check_launch("fold_dweight_kernel");
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

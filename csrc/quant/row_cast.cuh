@@ -2,15 +2,15 @@
 #pragma once
 
 #include "core/fp8_vector.cuh"
+#include "quant/cast.h"
 #include "quant/tile_cast.cuh"
-#include "quant/views.h"
 
 namespace eightfold::quant {
 
 // Casts one octet of `row` at column `col`; `count` elements of it exist (none beyond the tensor). All 32 lanes take part.
 template <class T>
-__device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const RowCodes& out, int64_t row, int64_t col, int64_t cols,
-                                               int64_t count, bool vector) {
+__device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const Quantized& out, int64_t row, int64_t col, int64_t cols, int count,
+                                               bool vector) {
   uint32_t amax = octet_amax(x);
 #pragma unroll
   for (int mask = 8; mask > 0; mask /= 2) amax = max(amax, __shfl_xor_sync(kWholeWarp, amax, mask));
@@ -22,7 +22,7 @@ __device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const RowCodes
 
 // Eight weights as fp32, zeros beyond `count`; bf16 or fp32 in memory.
 template <bool kVector>
-__device__ __forceinline__ void load_weights(const void* weight, bool bf16, int64_t col, int64_t count, float (&out)[8]) {
+__device__ __forceinline__ void load_weights(const void* weight, bool bf16, int64_t col, int count, float (&out)[8]) {
   if (bf16) {
     Octet<__nv_bfloat16> w = load_octet<kVector>(static_cast<const __nv_bfloat16*>(weight) + col, count);
 #pragma unroll
@@ -34,10 +34,7 @@ __device__ __forceinline__ void load_weights(const void* weight, bool bf16, int6
   }
 }
 
-// The tile kernel's description of a column cast alone.
-inline TileOutput columns_only(const ColCodes& out) { return {nullptr, nullptr, 0, out.codes, out.code_ld, out.scales, out.scale_ld}; }
-
-inline TileOutput rows_and_columns(const RowCodes& rows, const ColCodes& cols) {
+inline TileOutput tile_output(const Quantized& rows, const Quantized& cols) {
   return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
 }
 

@@ -11,9 +11,9 @@
 #pragma once
 
 #include "core/dtype.h"
-#include "quant/views.h"
+#include "quant/cast.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 
 // gate and up: [rows, cols] in `dtype` (bf16 or f32), element (r, c) at r * ld + c: both may be halves of one wider buffer.
 struct SwigluForward {
@@ -22,17 +22,17 @@ struct SwigluForward {
   int64_t gate_ld, up_ld;
   DType dtype;
   int64_t rows, cols;
-  RowCodes h, gate_out, up_out;  // gate_out and up_out both or neither
+  Quantized h, gate_out, up_out;  // gate_out and up_out both or neither
 };
 
 struct SwigluBackward {
   const void* dh;
   int64_t dh_ld;
   DType dtype;
-  RowCodesIn gate, up;
+  RowCodes gate, up;
   int64_t rows, cols;
-  RowCodes dgate_rows, dup_rows;
-  ColCodes dgate_cols, dup_cols, h_cols;
+  Quantized dgate_rows, dup_rows;
+  Quantized dgate_cols, dup_cols, h_cols;
 };
 
 void swiglu_quantize_cpu(const SwigluForward& op);
@@ -40,4 +40,4 @@ void swiglu_backward_quantize_cpu(const SwigluBackward& op);
 void swiglu_quantize_sm90(const SwigluForward& op, void* stream);
 void swiglu_backward_quantize_sm90(const SwigluBackward& op, void* stream);
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

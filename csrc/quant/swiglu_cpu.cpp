@@ -3,10 +3,10 @@
 
 #include "core/math.h"
 #include "core/threads.h"
+#include "quant/fused_cpu.h"
 #include "quant/swiglu.h"
-#include "quant/tile_cpu.h"
 
-namespace eightfold {
+namespace eightfold::quant {
 namespace {
 
 EF_CPU_CLONES void swiglu(const float* gate, const float* up, int64_t n, float* h) {
@@ -32,13 +32,13 @@ void swiglu_quantize_cpu(const SwigluForward& op) {
   parallel_for(op.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
     std::vector<float> gate(cols), up(cols), h(cols);
     for (int64_t row = begin; row < end; ++row) {
-      load_row(op.gate, op.dtype, row * op.gate_ld, cols, gate.data());
-      load_row(op.up, op.dtype, row * op.up_ld, cols, up.data());
+      widen(op.gate, op.dtype, row * op.gate_ld, cols, gate.data());
+      widen(op.up, op.dtype, row * op.up_ld, cols, up.data());
       swiglu(gate.data(), up.data(), cols, h.data());
-      round_row(h.data(), op.dtype, cols);
-      quantize_row(h.data(), row, 0, cols, cols, op.h);
-      if (op.gate_out.codes) quantize_row(gate.data(), row, 0, cols, cols, op.gate_out);
-      if (op.up_out.codes) quantize_row(up.data(), row, 0, cols, cols, op.up_out);
+      round_span(h.data(), op.dtype, cols);
+      cast_row(h.data(), row, 0, cols, cols, op.h);
+      if (op.gate_out.codes) cast_row(gate.data(), row, 0, cols, cols, op.gate_out);
+      if (op.up_out.codes) cast_row(up.data(), row, 0, cols, cols, op.up_out);
     }
   });
 }
@@ -49,23 +49,23 @@ void swiglu_backward_quantize_cpu(const SwigluBackward& op) {
     std::vector<float> tiles(3 * kGroup * kGroup);
     float *dgate = tiles.data(), *dup = dgate + kGroup * kGroup, *h = dup + kGroup * kGroup;
     for (int64_t t = begin; t < end; ++t) {
-      int64_t row = t / strips * kGroup, col = t % strips * kGroup, group = t % strips;
+      int64_t row = t / strips * kGroup, col = t % strips * kGroup;
       int64_t rows = std::min(kGroup, op.rows - row), cols = std::min(kGroup, op.cols - col);
       for (int64_t r = 0; r < rows; ++r) {
-        int64_t at = r * kGroup, codes = (row + r) * op.cols + col;
-        load_row(op.dh, op.dtype, (row + r) * op.dh_ld + col, cols, dgate + at);
-        load_codes(op.gate.codes + codes, op.gate.scales + row + r + group * op.gate.scale_ld, op.gate.scale_ld, cols, dup + at);
-        load_codes(op.up.codes + codes, op.up.scales + row + r + group * op.up.scale_ld, op.up.scale_ld, cols, h + at);
+        int64_t at = r * kGroup;
+        widen(op.dh, op.dtype, (row + r) * op.dh_ld + col, cols, dgate + at);
+        decode_row(op.gate, row + r, col, cols, dup + at);
+        decode_row(op.up, row + r, col, cols, h + at);
         swiglu_backward(dgate + at, dup + at, h + at, cols);
-        for (float* values : {dgate + at, dup + at, h + at}) round_row(values, op.dtype, cols);
-        quantize_row(dgate + at, row + r, col, cols, op.cols, op.dgate_rows);
-        quantize_row(dup + at, row + r, col, cols, op.cols, op.dup_rows);
+        for (float* values : {dgate + at, dup + at, h + at}) round_span(values, op.dtype, cols);
+        cast_row(dgate + at, row + r, col, cols, op.cols, op.dgate_rows);
+        cast_row(dup + at, row + r, col, cols, op.cols, op.dup_rows);
       }
-      quantize_columns(dgate, row, col, rows, cols, op.dgate_cols);
-      quantize_columns(dup, row, col, rows, cols, op.dup_cols);
-      quantize_columns(h, row, col, rows, cols, op.h_cols);
+      cast_tile_columns(dgate, row, col, rows, cols, op.dgate_cols);
+      cast_tile_columns(dup, row, col, rows, cols, op.dup_cols);
+      cast_tile_columns(h, row, col, rows, cols, op.h_cols);
     }
   });
 }
 
-}  // namespace eightfold
+}  // namespace eightfold::quant

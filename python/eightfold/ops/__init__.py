@@ -1,1 +1,27 @@
 """Public functions over torch.ops.eightfold.*, one module a family."""
+
+from eightfold.ops import _library
+from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
+
+build_info = _library.build_info
+
+__all__ = [
+    "QuantizedTensor",
+    "adamw_dre_",
+    "add_rms_norm_quantize",
+    "build_info",
+    "dre_dequantize",
+    "dre_quantize",
+    "quantize",
+    "quantize_both",
+    "requantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_quantize",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
+    "transpose",
+]

@@ -15,3 +15,10 @@ if not LIBRARY_PATH.exists():
     )
 torch.ops.load_library(str(LIBRARY_PATH))
 _fallback.install_where_needed()
+
+
+def build_info() -> dict:
+    """What libeightfold.so was built with: {"cuda", "cuda_version", "compiler", "cpu_gemm"}."""
+    from eightfold import _C  # the Python-version-specific half, not needed to run an op
+
+    return _C.build_info()

@@ -1,1 +1,29 @@
-"""Executable specification of every op in plain torch; slow, readable, public."""
+"""Executable specification of every op in plain torch: slow, readable, public.
+
+Each function has the name and the signature of its torch.ops.eightfold op.
+"""
+
+from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
+from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.reference.quant import dequantize, quantize, quantize_both, requantize, transpose_codes
+
+__all__ = [
+    "adamw_dre_",
+    "add_rms_norm_quantize",
+    "dequantize",
+    "dre_dequantize",
+    "dre_quantize",
+    "fp8_gemm",
+    "fp8_gemm_accumulate_",
+    "quantize",
+    "quantize_both",
+    "requantize",
+    "rms_norm",
+    "rms_norm_backward",
+    "rms_norm_quantize",
+    "swiglu_backward_quantize",
+    "swiglu_quantize",
+    "transpose_codes",
+]

@@ -14,7 +14,8 @@ AMAX_FLOOR = 1e-10
 
 def group_scales(amax: Tensor, power_of_two: bool = False) -> Tensor:
     """Scales of groups whose largest magnitudes are ``amax`` (float32); NaN where amax is NaN or Inf."""
-    scale = amax.clamp(min=AMAX_FLOOR) / E4M3_MAX
+    # By a tensor: torch on CUDA turns division by a number into multiplication with its rounded reciprocal.
+    scale = amax.clamp(min=AMAX_FLOOR) / torch.full_like(amax, E4M3_MAX)
     if power_of_two:
         bits = (scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000  # up to the next power of two
         scale = bits.view(torch.float32)
@@ -64,7 +65,8 @@ def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
 
 def dequantize(codes: Tensor, scales: Tensor, group: list[int], dtype: torch.dtype) -> Tensor:
     """codes * scales, multiplied in float32 and rounded once to ``dtype``; row-major."""
-    return (codes.float() * _expand(scales, (group[0], group[1]), codes.shape)).to(dtype).contiguous()
+    values = (codes.float() * _expand(scales, (group[0], group[1]), codes.shape)).to(dtype)
+    return values.clone(memory_format=torch.contiguous_format)
 
 
 def requantize(codes: Tensor, scales: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor]:
@@ -74,4 +76,4 @@ def requantize(codes: Tensor, scales: Tensor, power_of_two: bool = False) -> tup
 
 def transpose_codes(codes: Tensor) -> Tensor:
     """Row-major copy of ``codes``.T; exact. With group (128, 128) the scales transpose along."""
-    return codes.view(torch.uint8).t().contiguous().view(torch.float8_e4m3fn)
+    return codes.view(torch.uint8).t().clone(memory_format=torch.contiguous_format).view(torch.float8_e4m3fn)

@@ -1,0 +1,196 @@
+// optim: argument checks, allocation and dispatch of the ops with 8-bit states.
+#include "bindings/common.h"
+#include "optim/adamw_dre.h"
+#include "optim/dre_states.h"
+
+namespace eightfold::bindings {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kMaxGroups = 2147483647;
+
+int64_t groups_per_row(int64_t row_length) { return ceil_div(row_length, kDreGroup); }
+
+int64_t rows_of(const Tensor& t, int64_t row_length, const char* op, const char* argument) {
+  EF_CHECK(row_length >= 1, op, ": row_length must be at least 1, got ", row_length);
+  EF_CHECK(t.numel() % row_length == 0, op, ": ", argument, " of shape ", shape_of(t), " does not split into rows of row_length ",
+           row_length);
+  int64_t rows = t.numel() / row_length;
+  EF_CHECK(rows * groups_per_row(row_length) <= kMaxGroups, op, ": ", argument, " has more than ", kMaxGroups, " groups of 128");
+  return rows;
+}
+
+Tensor empty_like_shape(const Tensor& t, ScalarType type) {
+  Tensor flat = empty({t.numel()}, type, t);
+  auto sizes = t.sizes();
+  return torch::stable::view(flat, std::vector<int64_t>(sizes.begin(), sizes.end()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> dre_quantize(const Tensor& x, int64_t row_length) {
+  constexpr const char* op = "dre_quantize";
+  check_dtype(x, {ScalarType::Float, ScalarType::BFloat16}, op, "x");
+  check_contiguous(x, op, "x");
+  int64_t rows = rows_of(x, row_length, op, "x"), per_row = groups_per_row(row_length);
+  Tensor codes = empty_like_shape(x, ScalarType::Float8_e4m3fn);
+  Tensor maxima = empty({rows, per_row}, ScalarType::Float, x), exponents = empty({rows, per_row}, ScalarType::Byte, x);
+  if (rows == 0) return {codes, maxima, exponents};
+  auto* codes_data = static_cast<uint8_t*>(codes.data_ptr());
+  auto* maxima_data = static_cast<float*>(maxima.data_ptr());
+  auto* exponents_data = static_cast<uint8_t*>(exponents.data_ptr());
+  DType type = dtype_of(x, op, "x");
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (x.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    dre_quantize_cuda(x.data_ptr(), type, rows, row_length, codes_data, maxima_data, exponents_data, current_stream(x));
+    return {codes, maxima, exponents};
+  }
+#endif
+  dre_quantize_cpu(x.data_ptr(), type, rows, row_length, codes_data, maxima_data, exponents_data);
+  return {codes, maxima, exponents};
+}
+
+Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& exponents, int64_t row_length) {
+  constexpr const char* op = "dre_dequantize";
+  check_dtype(codes, {ScalarType::Float8_e4m3fn}, op, "codes");
+  check_contiguous(codes, op, "codes");
+  int64_t rows = rows_of(codes, row_length, op, "codes"), per_row = groups_per_row(row_length);
+  check_dtype(maxima, {ScalarType::Float}, op, "maxima");
+  check_dtype(exponents, {ScalarType::Byte}, op, "exponents");
+  for (auto [t, name] : {std::pair(&maxima, "maxima"), std::pair(&exponents, "exponents")}) {
+    check_shape(*t, {rows, per_row}, op, name);
+    check_same_device(*t, codes, op, name);
+    check_contiguous(*t, op, name);
+  }
+  Tensor out = empty_like_shape(codes, ScalarType::Float);
+  if (rows == 0) return out;
+  auto* codes_data = static_cast<const uint8_t*>(codes.data_ptr());
+  auto* maxima_data = static_cast<const float*>(maxima.data_ptr());
+  auto* exponents_data = static_cast<const uint8_t*>(exponents.data_ptr());
+  auto* out_data = static_cast<float*>(out.data_ptr());
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (codes.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+    dre_dequantize_cuda(codes_data, maxima_data, exponents_data, rows, row_length, out_data, current_stream(codes));
+    return out;
+  }
+#endif
+  dre_dequantize_cpu(codes_data, maxima_data, exponents_data, rows, row_length, out_data);
+  return out;
+}
+
+constexpr const char* kAdamw = "adamw_dre_";
+
+// Contiguous, `numel` elements, on the device of `like`, dtype one of two.
+void check_entry(const Tensors& list, size_t i, const char* name, int64_t numel, const Tensor& like, ScalarType type, ScalarType other) {
+  const Tensor& t = list[i];
+  bool typed = t.scalar_type() == type || t.scalar_type() == other;
+  EF_CHECK(typed, kAdamw, ": ", name, "[", i, "] must be ", name_of(type), type == other ? "" : " or ", type == other ? "" : name_of(other),
+           ", got ", name_of(t.scalar_type()));
+  EF_CHECK(t.numel() == numel, kAdamw, ": ", name, "[", i, "] must have ", numel, " elements, got shape ", shape_of(t));
+  EF_CHECK(t.is_contiguous(), kAdamw, ": ", name, "[", i, "] must be contiguous, got shape ", shape_of(t), " with strides ", strides_of(t));
+  bool same = t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index();
+  EF_CHECK(same, kAdamw, ": ", name, "[", i, "] is on ", device_of(t), " but params[0] is on ", device_of(like));
+}
+
+void check_length(size_t length, size_t expected, const char* name) {
+  EF_CHECK(length == expected, kAdamw, ": ", name, " must have one entry for each of the ", expected, " params, got ", length);
+}
+
+const float* scalar_data(const Tensor& t, const char* name, const Tensor& like) {
+  check_dtype(t, {ScalarType::Float}, kAdamw, name);
+  EF_CHECK(t.numel() == 1, kAdamw, ": ", name, " must have one element, got shape ", shape_of(t));
+  check_same_device(t, like, kAdamw, name);
+  return static_cast<const float*>(t.data_ptr());
+}
+
+void check_beta(double beta, const char* name) {
+  EF_CHECK(beta >= 0 && beta < 1, kAdamw, ": ", name, " must be at least 0 and below 1, got ", beta);
+}
+
+void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes, Tensors m_maxima, Tensors m_exponents, Tensors v_codes,
+                Tensors v_maxima, Tensors v_exponents, std::vector<int64_t> row_lengths, std::vector<int64_t> offsets, Tensors steps,
+                const Tensor& lr, const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
+                bool stochastic_states, int64_t seed) {
+  const size_t count = params.size();
+  check_length(grads.size(), count, "grads");
+  check_length(masters.size(), count, "masters");
+  check_length(m_codes.size(), count, "m_codes");
+  check_length(m_maxima.size(), count, "m_maxima");
+  check_length(m_exponents.size(), count, "m_exponents");
+  check_length(v_codes.size(), count, "v_codes");
+  check_length(v_maxima.size(), count, "v_maxima");
+  check_length(v_exponents.size(), count, "v_exponents");
+  check_length(row_lengths.size(), count, "row_lengths");
+  check_length(offsets.size(), count, "offsets");
+  check_length(steps.size(), count, "steps");
+  check_beta(beta1, "beta1");
+  check_beta(beta2, "beta2");
+  if (count == 0) return;
+
+  const Tensor& like = params[0];
+  AdamwOptions options{scalar_data(lr, "lr", like),
+                       grad_scale ? scalar_data(*grad_scale, "grad_scale", like) : nullptr,
+                       beta1,
+                       beta2,
+                       eps,
+                       weight_decay,
+                       stochastic_states,
+                       static_cast<uint64_t>(seed)};
+  std::vector<AdamwTensor> tensors;
+  tensors.reserve(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t numel = params[i].numel(), row_length = row_lengths[i];
+    constexpr ScalarType f32 = ScalarType::Float, bf16 = ScalarType::BFloat16, u8 = ScalarType::Byte, e4m3 = ScalarType::Float8_e4m3fn;
+    EF_CHECK(row_length >= 1 && numel % row_length == 0, kAdamw, ": row_lengths[", i, "] = ", row_length,
+             " must be at least 1 and divide the ", numel, " elements of params[", i, "]");
+    EF_CHECK(offsets[i] >= 0, kAdamw, ": offsets[", i, "] must not be negative, got ", offsets[i]);
+    const int64_t rows = numel / row_length, groups = rows * groups_per_row(row_length);
+    EF_CHECK(groups <= kMaxGroups, kAdamw, ": params[", i, "] has more than ", kMaxGroups, " groups of 128");
+    check_entry(params, i, "params", numel, like, f32, bf16);
+    check_entry(grads, i, "grads", numel, like, f32, bf16);
+    const bool mastered = masters[i].numel() != 0;
+    if (mastered) check_entry(masters, i, "masters", numel, like, f32, f32);
+    check_entry(m_codes, i, "m_codes", numel, like, e4m3, e4m3);
+    check_entry(v_codes, i, "v_codes", numel, like, e4m3, e4m3);
+    check_entry(m_maxima, i, "m_maxima", groups, like, f32, f32);
+    check_entry(v_maxima, i, "v_maxima", groups, like, f32, f32);
+    check_entry(m_exponents, i, "m_exponents", groups, like, u8, u8);
+    check_entry(v_exponents, i, "v_exponents", groups, like, u8, u8);
+    check_entry(steps, i, "steps", 1, like, f32, f32);
+    if (numel == 0) continue;
+    tensors.push_back({params[i].data_ptr(), grads[i].data_ptr(), mastered ? static_cast<float*>(masters[i].data_ptr()) : nullptr,
+                       static_cast<uint8_t*>(m_codes[i].data_ptr()), static_cast<uint8_t*>(v_codes[i].data_ptr()),
+                       static_cast<float*>(m_maxima[i].data_ptr()), static_cast<float*>(v_maxima[i].data_ptr()),
+                       static_cast<uint8_t*>(m_exponents[i].data_ptr()), static_cast<uint8_t*>(v_exponents[i].data_ptr()),
+                       static_cast<const float*>(steps[i].data_ptr()), rows, row_length, offsets[i],
+                       params[i].scalar_type() == f32 ? DType::f32 : DType::bf16,
+                       grads[i].scalar_type() == f32 ? DType::f32 : DType::bf16});
+  }
+  if (tensors.empty()) return;
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (like.is_cuda()) {
+    torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    adamw_dre_cuda(tensors.data(), static_cast<int64_t>(tensors.size()), options, current_stream(like));
+    return;
+  }
+#endif
+  adamw_dre_cpu(tensors.data(), static_cast<int64_t>(tensors.size()), options);
+}
+
+}  // namespace
+}  // namespace eightfold::bindings
+
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
+  m.impl("dre_quantize", TORCH_BOX(&eightfold::bindings::dre_quantize));
+  m.impl("dre_dequantize", TORCH_BOX(&eightfold::bindings::dre_dequantize));
+  m.impl("adamw_dre_", TORCH_BOX(&eightfold::bindings::adamw_dre_));
+}
+
+#ifdef EIGHTFOLD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
+  m.impl("dre_quantize", TORCH_BOX(&eightfold::bindings::dre_quantize));
+  m.impl("dre_dequantize", TORCH_BOX(&eightfold::bindings::dre_dequantize));
+  m.impl("adamw_dre_", TORCH_BOX(&eightfold::bindings::adamw_dre_));
+}
+#endif

@@ -1,0 +1,34 @@
+// The special-function unit's approximations, where a relative error near 2^-22 is welcome. One MUFU each.
+#pragma once
+
+namespace eightfold {
+
+// 2^x; results below 2^-126 become 0. 2^0 = 1 exactly, 2^-inf = 0.
+__device__ __forceinline__ float ex2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x); subnormals count as 0, log2(0) = -inf.
+__device__ __forceinline__ float lg2_approx(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// log2(x), subnormals included (a few instructions more); log2(0) = -inf.
+__device__ __forceinline__ float lg2_approx_subnormal(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// sqrt(x), subnormals included.
+__device__ __forceinline__ float sqrt_approx(float x) {
+  float y;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+}  // namespace eightfold

@@ -1,0 +1,182 @@
+"""The command `eightfold`. Modules that import torch are imported by the subcommand that needs them."""
+
+import argparse
+import os
+import re
+import runpy
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+USER_ERROR, INTERRUPTED = 2, 130
+_OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand; returns the exit code: 0, 2 after an error of the user (one line), 130 after Ctrl-C."""
+    parser = _parser()
+    args, rest = parser.parse_known_args(argv)
+    if args.command == "train":  # overrides may also stand after flags
+        args.overrides += [item for item in rest if _OVERRIDE.fullmatch(item)]
+        rest = [item for item in rest if not _OVERRIDE.fullmatch(item)]
+    if rest and args.command != "bench":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    try:
+        return args.run(args) or 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except (ValueError, OSError, ImportError) as error:
+        if args.debug:
+            raise
+        return _fail(" ".join(str(error).split()) or type(error).__name__, USER_ERROR)
+
+
+def _fail(message: str, code: int) -> int:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"eightfold: {message}", file=sys.stderr)
+    return code
+
+
+def _info(args: argparse.Namespace) -> int:
+    from eightfold.info import collect
+
+    facts = collect()
+    width = max(map(len, facts))
+    for key, value in facts.items():
+        print(f"{key:<{width}}  {value}")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    from eightfold.train.config import SHORTHANDS, load_config
+
+    config, overrides = args.config, [*args.overrides, *args.set]
+    if config is not None and _OVERRIDE.fullmatch(config) and not Path(config).exists():
+        config, overrides = None, [config, *overrides]
+    if args.resume is not None and _OVERRIDE.fullmatch(args.resume):  # --resume without a folder, then an override
+        overrides.append(args.resume)
+        args.resume = "latest"
+    for flag, key in SHORTHANDS.items():
+        if getattr(args, flag) is not None:
+            overrides.append(f"{key}={_quoted(getattr(args, flag))}")
+    loaded = load_config(config, overrides)
+
+    from eightfold.train.interrupt import Interrupted
+    from eightfold.train.loop import train
+
+    try:
+        result = train(loaded)
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{result.checkpoint}: done, {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png")
+    return 0
+
+
+def _quoted(value: object) -> str:
+    """A flag's value as YAML that reads back as the same text or number."""
+    return "'" + value.replace("'", "''") + "'" if isinstance(value, str) else str(value)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from eightfold.generate.console import run
+
+    return run(args)
+
+
+def _bench(args: argparse.Namespace) -> int:
+    folder = Path(__file__).resolve().parents[2] / "bench"
+    families = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
+    if not families:
+        raise ValueError("the benchmarks are in the source tree, not in the wheel: run `eightfold bench` there")
+    if args.family not in families:
+        given = f"unknown family {args.family!r}" if args.family else "which family?"
+        raise ValueError(f"bench: {given}; families: {', '.join(families)}")
+    script = folder / f"{args.family}.py"
+    sys.argv = [str(script), *args.rest]
+    sys.path.insert(0, str(folder))
+    runpy.run_path(str(script), run_name="__main__")
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from eightfold.train.demo import run
+    from eightfold.train.interrupt import Interrupted
+
+    try:
+        return run(Path(args.output), args.steps)
+    except Interrupted:
+        return _fail("interrupted", INTERRUPTED)
+
+
+def version() -> str:
+    """The installed version."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("eightfold")
+    except metadata.PackageNotFoundError:
+        return "(source tree)"
+
+
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"eightfold {version()}")
+        parser.exit()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="eightfold", description="FP8 training and generation kernels for torch.")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    info = commands.add_parser("info", help="what this build contains and what this machine runs")
+    info.set_defaults(run=_info)
+
+    train = commands.add_parser(
+        "train",
+        help="fine-tune a language model",
+        description="Fine-tunes a model on text. Settings come from a YAML file, then from key=value overrides, then "
+        "from flags. For several processes: torchrun --nproc-per-node N -m eightfold.cli train ...",
+    )
+    train.add_argument("config", nargs="?", help="YAML file")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optimizer.lr=1e-4")
+    train.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="the same, as a flag")
+    train.add_argument("--model", help="Hugging Face folder, .gguf file, or a packaged model's name")
+    train.add_argument("--data", help="text file, folder, .jsonl file or saved dataset")
+    train.add_argument("--output", help="folder for logs, the loss curve and checkpoints (default: run)")
+    train.add_argument("--precision", help="fp8, bf16 or fp32")
+    train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
+    train.set_defaults(run=_train)
+
+    generate = commands.add_parser("generate", help="write text with a model")
+    generate.add_argument("model", help="Hugging Face folder, .gguf file, or a packaged model's name")
+    generate.add_argument("prompt", nargs="?", help="default: read from standard input")
+    generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
+    generate.add_argument("--max-tokens", type=int, default=200)
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    generate.add_argument("--top-k", type=int, default=None)
+    generate.add_argument("--top-p", type=float, default=None)
+    generate.add_argument("--seed", type=int, default=0)
+    generate.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
+    generate.set_defaults(run=_generate)
+
+    bench = commands.add_parser("bench", help="time a family of kernels (further arguments go to its script)")
+    bench.add_argument("family", nargs="?")
+    bench.set_defaults(run=_bench)
+
+    demo = commands.add_parser("demo", help="fine-tune SmolLM2-135M in bf16 and in FP8 and compare")
+    demo.add_argument("--output", default="demo_output", help="folder (default: demo_output)")
+    demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run")
+    demo.set_defaults(run=_demo)
+
+    for command in (info, train, generate, bench, demo):
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

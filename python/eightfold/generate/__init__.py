@@ -1,0 +1,5 @@
+"""Generation loops."""
+
+from eightfold.generate.text import SamplingOptions, generate
+
+__all__ = ["SamplingOptions", "generate"]

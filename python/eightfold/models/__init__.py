@@ -1,0 +1,9 @@
+"""Language models: one decoder for Llama, Qwen2 and Qwen3, read from Hugging Face folders and GGUF files."""
+
+from eightfold.models.attention import KVCache
+from eightfold.models.config import DecoderConfig
+from eightfold.models.decoder import Decoder
+from eightfold.models.loading import load_decoder, save_decoder
+from eightfold.models.packaged import smollm2
+
+__all__ = ["Decoder", "DecoderConfig", "KVCache", "load_decoder", "save_decoder", "smollm2"]

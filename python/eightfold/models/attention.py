@@ -1,0 +1,110 @@
+"""Causal attention over whole sequences, packed documents or a KV cache, on torch's fused kernels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+
+def document_segments(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Positions and segment numbers, both int64 [B, T], of packed documents; a run of equal ids is one."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    begins = torch.ones_like(document_ids, dtype=torch.bool)
+    begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    start = torch.where(begins, index, 0).cummax(dim=1).values
+    return index - start, begins.cumsum(dim=1)
+
+
+def attention_bias(
+    tokens: int, past: int, segments: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    """Additive mask [B or 1, 1, tokens, past + tokens], 0 or -inf; None where the kernels' own causal mask will do."""
+    if segments is None and (past == 0 or tokens == 1):
+        return None
+    visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None]
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None, :])
+    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+    return bias.masked_fill_(~visible, float("-inf"))[:, None]
+
+
+class _CpuAttention(torch.autograd.Function):
+    """torch's fused CPU kernel run in fp32 on values kept in their own dtype: without bf16 units its bf16 backward is
+    four times slower. Saves q, k, v and the output once, in the dtype of q."""
+
+    @staticmethod
+    def forward(q, k, v, bias, causal):
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q.float(), k.float(), v.float(), 0.0, causal, attn_mask=bias
+        )
+        return out.to(q.dtype), lse
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, bias, ctx.causal = inputs
+        out, lse = output
+        ctx.mark_non_differentiable(lse)
+        ctx.save_for_backward(q, k, v, bias, out, lse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        q, k, v, bias, out, lse = ctx.saved_tensors
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad.float(), q.float(), k.float(), v.float(), out.float(), lse, 0.0, ctx.causal, attn_mask=bias
+        )
+        return *(g.to(q.dtype) for g in grads), None, None
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """softmax(q k^T / sqrt(D)) v.
+
+    q [B, T, heads, D]; k, v [B, S, kv_heads, D], S >= T, the queries being the last T of the S tokens. `bias` comes
+    from `attention_bias`. Returns [B, T, heads * D] in the dtype of q.
+    """
+    batch, tokens, heads, dim = q.shape
+    causal = bias is None and tokens > 1
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    if q.device.type == "cpu":
+        out, _ = _CpuAttention.apply(q, k, v, bias, causal)
+    else:
+        grouped = k.shape[1] != heads
+        if grouped and bias is not None:
+            # The kernel that takes a bias knows no grouped heads; without the copy torch would store all the scores.
+            k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
+            grouped = False
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
+    return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
+
+
+class KVCache:
+    """Keys and values of all layers, preallocated: [layers, batch, max_tokens, kv_heads, head_dim]; `length` are in."""
+
+    def __init__(self, config, batch: int, max_tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        shape = (config.num_hidden_layers, batch, max_tokens, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    @property
+    def batch(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def max_tokens(self) -> int:
+        return self.keys.shape[2]
+
+    def append(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Stores k, v [B, T, kv_heads, head_dim] after the `length` tokens and returns views of all of them. `length`
+        itself moves when every layer has stored its part."""
+        end = self.length + k.shape[1]
+        self.keys[layer, :, self.length : end] = k
+        self.values[layer, :, self.length : end] = v
+        return self.keys[layer, :, :end], self.values[layer, :, :end]
+
+    def truncate(self, length: int) -> None:
+        """Forgets all tokens from `length` on."""
+        if not 0 <= length <= self.length:
+            raise ValueError(f"length: expected 0 to {self.length}, got {length}")
+        self.length = length

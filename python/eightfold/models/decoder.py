@@ -1,0 +1,220 @@
+"""Llama, Qwen2 and Qwen3 decoders in one file. Parameter names are Hugging Face's, so state dicts interchange."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from eightfold.models.attention import KVCache, attention_bias, causal_attention, document_segments
+from eightfold.models.config import DecoderConfig
+from eightfold.models.head import logits, token_loss
+from eightfold.models.precision import Precision, strategy
+from eightfold.models.rotary import inverse_frequencies, rotary_tables, rotate
+
+__all__ = ["Decoder", "DecoderConfig", "KVCache"]
+
+
+class RMSNorm(nn.Module):
+    """Weight and epsilon of a norm; the decoder's precision strategy computes it."""
+
+    def __init__(self, features: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features))
+        self.eps = eps
+
+
+class Attention(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        c = config
+        self.head_dim = c.head_dim
+        self.q_proj = nn.Linear(c.hidden_size, c.num_attention_heads * c.head_dim, bias=c.qkv_bias)
+        self.k_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.v_proj = nn.Linear(c.hidden_size, c.num_key_value_heads * c.head_dim, bias=c.qkv_bias)
+        self.o_proj = nn.Linear(c.num_attention_heads * c.head_dim, c.hidden_size, bias=c.output_bias)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else None
+
+
+class MLP(nn.Module):
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+
+class DecoderLayer(nn.Module):
+    """Takes and returns (stream, branch): the residual stream and the branch output not yet added to it, because the
+    add belongs to the next norm's kernel."""
+
+    def __init__(self, config: DecoderConfig, index: int, compute):
+        super().__init__()
+        self.index, self.compute = index, compute
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, stream, branch, tables, bias, cache):
+        attn = self.self_attn
+        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
+        stream, qkv = self.compute.norm_linears(branch, self.input_layernorm, projections, stream)
+        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
+        if attn.q_norm is not None:
+            q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
+        q, k = rotate(q, *tables), rotate(k, *tables)
+        if cache is not None:
+            k, v = cache.append(self.index, k, v)
+        mixed = self.compute.attention_output(causal_attention(q, k, v, bias), attn.o_proj)
+        return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
+
+
+class Trunk(nn.Module):
+    """Embedding, layers and final norm: what Hugging Face calls `model`."""
+
+    def __init__(self, config: DecoderConfig, compute):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config, i, compute) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
+class Decoder(nn.Module):
+    """A causal language model.
+
+    `precision` says how linears, norms and SwiGLU compute and what they save for the backward: "fp32", "bf16", or "fp8"
+    (FP8 products; inputs of linears, norms and SwiGLU saved in FP8). Parameters keep the dtype they are given (fp32
+    when built here); embedding lookup, attention and head compute in bf16 for "bf16" and "fp8".
+    `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations.
+    """
+
+    def __init__(self, config: DecoderConfig, precision: Precision = "bf16", checkpoint_layers: bool = False):
+        super().__init__()
+        self.config, self.precision, self.checkpoint_layers = config, precision, checkpoint_layers
+        self.compute = strategy(precision)
+        self.model = Trunk(config, self.compute)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        # Not a buffer: model.to(dtype) must not round it.
+        self._frequency = inverse_frequencies(config)
+        self.reset_parameters()
+        self.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """Normal(0, initializer_range) weights, zero biases, unit norms."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=self.config.initializer_range)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if isinstance(module, RMSNorm):
+                nn.init.ones_(module.weight)
+
+    def tie_weights(self) -> None:
+        if self.config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embed_tokens.weight.device
+
+    def new_cache(self, batch: int, max_tokens: int) -> KVCache:
+        """An empty KV cache for `batch` sequences of up to `max_tokens` tokens, in the compute dtype."""
+        return KVCache(self.config, batch, max_tokens, self.compute.dtype, self.device)
+
+    def forward(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> torch.Tensor:
+        """fp32 logits [B, T, V] (T = 1 with `last_only`) of token ids, int [B, T].
+
+        `positions` [B, T] default to 0..T-1 after what the cache holds. With `document_ids` [B, T] a token attends only
+        to its own run of equal ids, and positions restart with each run. With `cache` the tokens follow the cached ones
+        and are appended. Raises ValueError naming the argument.
+        """
+        hidden = self.hidden(ids, positions, document_ids, cache)
+        return logits(hidden[:, -1:] if last_only else hidden, self.lm_head.weight)
+
+    def loss(
+        self,
+        ids: torch.Tensor,
+        labels: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        reduction: Literal["mean", "sum"] = "mean",
+        chunk_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Negative log likelihood of next tokens, fp32 scalar in nats: labels[b, t] is the token that follows ids[b, t]
+        (already shifted), -100 where none counts. Mean over the labels that count (0 if none does), or their sum.
+
+        The logits exist for `chunk_tokens` tokens at a time (default: 2^25 logits) and are never kept. The backward can
+        run once.
+        """
+        if labels.shape != ids.shape:
+            raise ValueError(f"labels: expected the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
+        hidden = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
+        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens)
+        return total / count.clamp(min=1) if reduction == "mean" else total
+
+    def hidden(
+        self,
+        ids: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        document_ids: torch.Tensor | None = None,
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """What the head reads: the final norm's output [B, T, hidden_size], in the compute dtype. See `forward`."""
+        self._check(ids, positions, document_ids, cache)
+        tokens, past = ids.shape[1], 0 if cache is None else cache.length
+        segments = None
+        if document_ids is not None:
+            restarted, segments = document_segments(document_ids)
+            positions = restarted if positions is None else positions
+        if positions is None:
+            positions = torch.arange(past, past + tokens, device=ids.device)[None]
+        if self._frequency.device != ids.device:
+            self._frequency = self._frequency.to(ids.device)
+        tables = rotary_tables(self._frequency, positions)
+        bias_dtype = torch.float32 if ids.device.type == "cpu" else self.compute.dtype
+        bias = attention_bias(tokens, past, segments, bias_dtype, ids.device)
+
+        stream, branch = None, F.embedding(ids, self.model.embed_tokens.weight).to(self.compute.dtype)
+        for layer in self.model.layers:
+            if self.checkpoint_layers and torch.is_grad_enabled():
+                # Added here, so that one tensor per layer is kept instead of two.
+                branch = branch if stream is None else stream + branch
+                stream, branch = checkpoint(layer, None, branch, tables, bias, cache, use_reentrant=False)
+            else:
+                stream, branch = layer(stream, branch, tables, bias, cache)
+        if cache is not None:
+            cache.length += tokens
+        return self.compute.norm(branch if stream is None else stream + branch, self.model.norm)
+
+    def _check(self, ids, positions, document_ids, cache) -> None:
+        if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0:
+            raise ValueError(f"ids: expected int32 or int64 [B, T], not empty, got {ids.dtype} {tuple(ids.shape)}")
+        if ids.device != self.device:
+            raise ValueError(f"ids: expected on {self.device} like the parameters, got {ids.device}")
+        for name, value in (("positions", positions), ("document_ids", document_ids)):
+            if value is not None and value.shape != ids.shape:
+                raise ValueError(f"{name}: expected the shape of ids {tuple(ids.shape)}, got {tuple(value.shape)}")
+        if cache is None:
+            return
+        if document_ids is not None:
+            raise ValueError("document_ids: packed documents and a cache cannot be combined, got both")
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            raise ValueError("cache: expected torch.no_grad() or inference_mode(): a cache keeps no gradient")
+        if cache.batch != ids.shape[0] or cache.length + ids.shape[1] > cache.max_tokens:
+            raise ValueError(
+                f"cache: expected room for {ids.shape[0]} x {cache.length + ids.shape[1]} tokens, "
+                f"got {cache.batch} x {cache.max_tokens}"
+            )

@@ -1,0 +1,95 @@
+"""The language-model head: fp32 logits from low-precision operands, and a loss that never holds all logits."""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd.function import once_differentiable
+
+IGNORE = -100
+_CHUNK_LOGITS = 1 << 25
+
+
+def _operand(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """x rounded to `dtype`, in the form in which this device multiplies it into fp32: widened on the CPU."""
+    return x.to(dtype) if x.device.type == "cuda" else x.to(dtype).float()
+
+
+def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """fp32 a [M, K] @ b [K, N] of two operands."""
+    return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
+
+
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight):
+        ctx.save_for_backward(hidden, weight)
+        return _matmul(_operand(hidden, hidden.dtype), _operand(weight, hidden.dtype).t())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight = ctx.saved_tensors
+        grad = _operand(grad, hidden.dtype)
+        d_hidden = _matmul(grad, _operand(weight, hidden.dtype)).to(hidden.dtype)
+        return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype)
+
+
+def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [..., V] of hidden [..., H] and weight [V, H]; the product is taken in the dtype of hidden."""
+    flat = _Logits.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+    return flat.view(*hidden.shape[:-1], -1)
+
+
+class _TokenLoss(torch.autograd.Function):
+    """Sum of -log softmax(hidden W^T)[label]. The gradients are made chunk by chunk in the forward pass, while the
+    chunk's logits are at hand: three products with W, not four, and only the gradients outlive a chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, chunk):
+        need_hidden, need_weight = ctx.needs_input_grad[:2]
+        w = _operand(weight, hidden.dtype)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        for begin in range(0, hidden.shape[0], chunk):
+            part = slice(begin, begin + chunk)
+            h, valid = _operand(hidden[part], hidden.dtype), (labels[part] != IGNORE)[:, None]
+            target = labels[part, None].clamp(min=0)
+            scores = _matmul(h, w.t())
+            lse = scores.logsumexp(dim=1, keepdim=True)
+            total += torch.where(valid, lse - scores.gather(1, target), 0).sum()
+            if not (need_hidden or need_weight):
+                continue
+            probability = scores.sub_(lse).exp_()
+            probability.scatter_(1, target, probability.gather(1, target) - 1)
+            error = _operand(probability.masked_fill_(~valid, 0), hidden.dtype)
+            if need_hidden:
+                d_hidden[part] = _matmul(error, w)
+            if need_weight:
+                d_weight += _matmul(error.t(), h)
+        ctx.gradients = (d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        if ctx.gradients is None:
+            raise RuntimeError("loss: its backward can run once only; call loss again instead of retain_graph=True")
+        d_hidden, d_weight = ctx.gradients
+        ctx.gradients = None
+        if d_hidden is not None:
+            d_hidden.mul_(grad)
+        if d_weight is not None:
+            d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)
+        return d_hidden, d_weight, None, None
+
+
+def token_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Summed negative log likelihood (fp32 scalar) of labels [N] given hidden [N, H] and head weight [V, H], and the
+    number of labels that count (int64 scalar; -100 does not). Logits exist for `chunk_tokens` tokens at a time."""
+    if chunk_tokens is None:
+        chunk_tokens = max(64, _CHUNK_LOGITS // weight.shape[0])
+    return _TokenLoss.apply(hidden, weight, labels, chunk_tokens), (labels != IGNORE).sum()

@@ -1,0 +1,188 @@
+"""Decoders from and to disk: Hugging Face folders (config.json + safetensors) and GGUF files."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from eightfold.models.config import DecoderConfig
+from eightfold.models.decoder import Decoder
+from eightfold.models.gguf_loading import read_gguf
+from eightfold.models.precision import Precision
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_decoder(
+    path: str | os.PathLike,
+    precision: Precision = "bf16",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Decoder, object | None]:
+    """Loads a decoder and its tokenizer (None if the folder has none).
+
+    `path` is a folder with config.json and model.safetensors (or its index and shards), or a .gguf file, whose weights
+    are dequantised. `precision`: see Decoder. `dtype` of the parameters: None keeps the file's (fp32 for GGUF).
+    Raises FileNotFoundError or ValueError with one line naming the file, and the key or field that is wrong.
+    """
+    path = Path(path)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        config, tensors = read_gguf(path)
+    elif path.is_dir():
+        config = read_config(path)
+        tensors = read_safetensors(path)
+    else:
+        raise FileNotFoundError(f"{path}: expected a folder or a .gguf file")
+    model = build_decoder(config, tensors, precision, source=path)
+    if dtype is not None:
+        model.to(dtype)
+    return model.to(device), load_tokenizer(path)
+
+
+def read_config(folder: Path) -> DecoderConfig:
+    """DecoderConfig of folder/config.json."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
+        return _read_shard(folder / SINGLE)
+    try:
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from None
+    absent = [shard for shard in shards if not (folder / shard).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{folder / absent[0]}: shard named in {INDEX} is missing")
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in shards:
+        tensors.update(_read_shard(folder / shard))
+    return tensors
+
+
+def _read_shard(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with safe_open(file, framework="pt") as shard:
+            return {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
+
+
+def build_decoder(
+    config: DecoderConfig, tensors: dict[str, torch.Tensor], precision: Precision, source: object = "state dict"
+) -> Decoder:
+    """A decoder that takes over `tensors` (Hugging Face names) as its parameters, every key and shape checked."""
+    with torch.device("meta"):
+        model = Decoder(config, precision)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
+    if config.tie_word_embeddings:
+        tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
+    missing = [name for name in expected if tensors.get(name) is None]
+    unexpected = [name for name in tensors if name not in expected]
+    if missing:
+        raise ValueError(f"{source}: missing {_some(missing)}")
+    if unexpected:
+        raise ValueError(f"{source}: unexpected {_some(unexpected)}")
+    for name, shape in expected.items():
+        if tuple(tensors[name].shape) != shape:
+            raise ValueError(f"{source}: {name}: expected shape {shape}, got {tuple(tensors[name].shape)}")
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+def _some(names: list[str], first: int = 3) -> str:
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:first])}{more}"
+
+
+def load_tokenizer(path: Path):
+    """The tokenizer in a folder or a GGUF file, through transformers; None if a folder has none."""
+    from transformers import AutoTokenizer
+
+    if path.suffix == ".gguf":
+        return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None) -> Path:
+    """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files, such that
+    transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same model.
+
+    Everything is written to a temporary folder beside `folder` and then renamed; if that fails (a full disk), the
+    temporary folder is removed and an older `folder` stays as it was. Raises OSError naming the folder.
+    """
+    folder = Path(folder)
+    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
+        raise ValueError(f"{folder}: expected a new name, an empty folder or a saved model to replace")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        write_decoder(model, work, tokenizer)
+        work.chmod(0o755)
+        _replace_folder(work, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{folder}: not saved: {error}") from None
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def write_decoder(model: Decoder, folder: Path, tokenizer=None) -> None:
+    """The writing part of save_decoder, into an existing folder, with no temporary name."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    config = model.config.to_hf()
+    config["torch_dtype"] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    _write_json(folder / "config.json", config)
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    _write_json(folder / "generation_config.json", ids)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+
+
+def _write_json(file: Path, value: dict) -> None:
+    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    """Renames `new` to `folder`; an older one is moved aside first and removed last, or moved back on failure."""
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
+    os.rename(folder, old / folder.name)
+    try:
+        os.rename(new, folder)
+    except OSError:
+        os.rename(old / folder.name, folder)
+        raise
+    finally:
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,20 @@
+"""Layers that compute and save in FP8, and `convert`, which puts them into a model."""
+
+from eightfold.nn import functional
+from eightfold.nn._products import WeightCache
+from eightfold.nn.convert import DEFAULT_EXCLUDE, ConversionReport, convert
+from eightfold.nn.linear import FP8Linear, cache_weights
+from eightfold.nn.mlp import FP8SwiGLU
+from eightfold.nn.norm import FP8RMSNorm
+
+__all__ = [
+    "DEFAULT_EXCLUDE",
+    "ConversionReport",
+    "FP8Linear",
+    "FP8RMSNorm",
+    "FP8SwiGLU",
+    "WeightCache",
+    "cache_weights",
+    "convert",
+    "functional",
+]

@@ -1,0 +1,210 @@
+"""The autograd Functions under `functional`: whole sub-blocks, so that FP8 tensors never enter the autograd graph.
+
+Arguments are checked there. A Function runs only when something needs a gradient, and saves only what that needs.
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from eightfold.nn import _products as p
+from eightfold.nn._products import ops
+
+
+def _output_gradients(dys, needs_columns):
+    """Row codes of each dy, and its column codes where a weight gradient needs them (else None)."""
+    rows, columns = [], []
+    for dy, needed in zip(dys, needs_columns, strict=True):
+        codes, scales, *cols = ops.quantize_both(dy) if needed else ops.quantize(dy, p.ROWS)
+        rows.append((codes, scales))
+        columns.append(tuple(cols) if needed else None)
+    return rows, columns
+
+
+def norm_forward(x, residual, weight, eps, training):
+    """The sum (None without a residual), row codes and column codes of its norm, and what the norm's backward needs."""
+    if residual is None:
+        total, out = None, ops.rms_norm_quantize(p.flat(x), weight, eps, training)
+    else:
+        total, *out = ops.add_rms_norm_quantize(p.flat(x), p.flat(residual), weight, eps, training)
+        total = total.view(x.shape)
+    return total, (out[0], out[1]), (out[2], out[3]), (out[4], out[5], out[6])
+
+
+def _norm_backward(dy, codes, scales, rstd, weight, dsum, shape):
+    dsum = None if dsum is None else p.flat(dsum)
+    dx, dweight = ops.rms_norm_backward(dy, codes, scales, rstd, weight, dsum)
+    return dx.view(*shape, weight.shape[0]), dweight.to(weight.dtype)
+
+
+def swiglu_forward(rows, x, weights, caches, training):
+    """Output [..., hidden] and the codes and scales of gate and up."""
+    gate = p.product(rows, weights[0], None, x.dtype, caches[0])
+    up = p.product(rows, weights[1], None, x.dtype, caches[1])
+    codes, scales, *saved = ops.swiglu_quantize(gate, up, training)
+    out = p.product((codes, scales), weights[2], None, x.dtype, caches[2])
+    return out.view(*x.shape[:-1], weights[2].shape[0]), saved
+
+
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, save_input, cache):
+        columns = None, None
+        if ctx.needs_input_grad[1] and not save_input:
+            rows, columns = p.quantize_input(x)
+        else:
+            rows = p.quantize_rows(x)
+        ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] and save_input else None, *columns)
+        ctx.cache, ctx.x_shape, ctx.bias_dtype = cache, x.shape, None if bias is None else bias.dtype
+        return p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, x, *columns = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grads, dy_columns = _output_gradients([p.flat(dy)], [needs_weight])
+        dx = dw = db = None
+        if needs_x:
+            dx = p.input_gradient(grads, [weight], [ctx.cache], dy.dtype).view(ctx.x_shape)
+        if needs_weight:
+            if x is not None:
+                dw = p.weight_gradient_of_input(dy_columns[0], x, weight.dtype)
+            else:
+                dw = p.weight_gradient(dy_columns[0], columns, weight.dtype)
+        if needs_bias:
+            db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
+        return dx, dw, db, None, None
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        y, codes, scales, rstd = ops.rms_norm(p.flat(x), weight, eps, True)
+        ctx.save_for_backward(weight, codes, scales, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, codes, scales, rstd = ctx.saved_tensors
+        dx, dweight = ops.rms_norm_backward(p.flat(dy), codes, scales, rstd, weight, None)
+        return dx.view(dy.shape), dweight.to(weight.dtype), None
+
+
+class NormLinears(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, eps, caches, *weights_and_biases):
+        n = len(caches)
+        weights, biases = weights_and_biases[:n], weights_and_biases[n:]
+        total, rows, columns, normed = norm_forward(x, residual, norm_weight, eps, True)
+        if not any(ctx.needs_input_grad[5 : 5 + n]):
+            columns = None, None
+        ctx.save_for_backward(norm_weight, *normed, *columns, *weights)
+        ctx.caches, ctx.has_residual = caches, residual is not None
+        ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
+        out = []
+        for weight, bias, cache in zip(weights, biases, caches, strict=True):
+            out.append(p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0]))
+        return tuple(out) if total is None else (total, *out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        norm_weight, codes, scales, rstd, col_codes, col_scales, *weights = ctx.saved_tensors
+        dsum, grads = (grads[0], grads[1:]) if ctx.has_residual else (None, grads)
+        n = len(weights)
+        needs = ctx.needs_input_grad
+        needs_weights, needs_biases = needs[5 : 5 + n], needs[5 + n :]
+        dys = [p.flat(dy) for dy in grads]
+        rows, dy_columns = _output_gradients(dys, needs_weights)
+        dx = dnorm = None
+        if any(needs[:3]):
+            dnormed = p.input_gradient(rows, weights, ctx.caches, dys[0].dtype)
+            dx, dnorm = _norm_backward(dnormed, codes, scales, rstd, norm_weight, dsum, grads[0].shape[:-1])
+        dweights = [
+            p.weight_gradient(dy_columns[i], (col_codes, col_scales), weights[i].dtype) if needs_weights[i] else None
+            for i in range(n)
+        ]
+        dbiases = [p.bias_gradient(dys[i], ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
+        return dx, dx if ctx.has_residual else None, dnorm, None, None, *dweights, *dbiases
+
+
+class SwiGLU(torch.autograd.Function):
+    """SwiGLU, with the norm before it when norm_weight is given."""
+
+    @staticmethod
+    def forward(ctx, x, residual, norm_weight, eps, gate_weight, up_weight, down_weight, caches):
+        needs_columns = any(ctx.needs_input_grad[4:6])
+        total, normed, columns = None, (None, None, None), (None, None)
+        if norm_weight is not None:
+            total, rows, columns, normed = norm_forward(x, residual, norm_weight, eps, True)
+        elif needs_columns:
+            rows, columns = p.quantize_input(x)
+        else:
+            rows = p.quantize_rows(x)
+        if not needs_columns:
+            columns = None, None
+        out, gate_and_up = swiglu_forward(rows, x, (gate_weight, up_weight, down_weight), caches, True)
+        ctx.save_for_backward(norm_weight, *normed, *columns, *gate_and_up, gate_weight, up_weight, down_weight)
+        ctx.caches, ctx.has_residual = caches, residual is not None
+        return out if total is None else (total, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        norm_weight, codes, scales, rstd, *saved = ctx.saved_tensors
+        col_codes, col_scales, gate, gate_scales, up, up_scales, gate_weight, up_weight, down_weight = saved
+        needs, caches = ctx.needs_input_grad, ctx.caches
+        dsum, dy = grads if ctx.has_residual else (None, grads[0])
+        dtype, shape = dy.dtype, dy.shape[:-1]
+
+        rows, columns = _output_gradients([p.flat(dy)], [needs[6]])
+        dh = p.input_gradient(rows, [down_weight], caches[2:], dtype)
+        out = ops.swiglu_backward_quantize(dh, gate, gate_scales, up, up_scales)
+        dgate, dgate_columns, dup, dup_columns, h_columns = (out[i : i + 2] for i in range(0, 10, 2))
+
+        dweights = [None, None, None]
+        if needs[6]:
+            dweights[2] = p.weight_gradient(columns[0], h_columns, down_weight.dtype)
+        if needs[4]:
+            dweights[0] = p.weight_gradient(dgate_columns, (col_codes, col_scales), gate_weight.dtype)
+        if needs[5]:
+            dweights[1] = p.weight_gradient(dup_columns, (col_codes, col_scales), up_weight.dtype)
+        dx = dnorm = None
+        if any(needs[:3]):
+            dx = p.input_gradient([dgate, dup], [gate_weight, up_weight], caches[:2], dtype)
+            if norm_weight is None:
+                dx = dx.view(*shape, gate_weight.shape[1])
+            else:
+                dx, dnorm = _norm_backward(dx, codes, scales, rstd, norm_weight, dsum, shape)
+        return dx, dx if ctx.has_residual else None, dnorm, None, *dweights, None
+
+
+def bf16_product(x, matrix, bias=None):
+    """x @ matrix (+ bias), all rounded to bfloat16, multiplied and added in float32, rounded once."""
+    with torch.autocast(x.device.type, enabled=False):
+        out = x.to(torch.bfloat16).float() @ matrix.to(torch.bfloat16).float()
+        if bias is not None:
+            out += bias.to(torch.bfloat16).float()
+        return out.to(torch.bfloat16)
+
+
+class BF16Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return bf16_product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        x, weight = ctx.saved_tensors
+        dx = dw = db = None
+        if ctx.needs_input_grad[0]:
+            dx = bf16_product(dy, weight)
+        if ctx.needs_input_grad[1]:
+            dw = bf16_product(p.flat(dy).t(), p.flat(x)).to(weight.dtype)
+        if ctx.needs_input_grad[2]:
+            db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
+        return dx, dw, db

@@ -1,0 +1,193 @@
+"""Layers as functions: FP8 products forward and backward, and FP8 for everything that waits between the two.
+
+What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales add 1/32 to each FP8 tensor):
+
+    fp8_linear            column codes of the input: 0.5 U; with save="input" nothing, but the input by reference
+    fp8_norm_linears      row codes of the norm's input, column codes of its output, rstd: 1 U for any number of linears
+    fp8_swiglu_mlp        column codes of the input, row codes of gate and up (h is recomputed): 0.5 U + intermediate
+    fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
+    fp8_rms_norm          row codes of the input, rstd: 0.5 U
+
+Common to all: x is [..., features] in bfloat16 or float32 (bfloat16 under autocast), results have x's dtype, sizes are
+multiples of 16, weights are [out, in] and get gradients in their own dtype. Without gradients the same forward runs and
+saves nothing: its bits do not depend on training. Weights are saved by reference and cast again in the backward pass.
+Bad dtypes raise TypeError, bad shapes ValueError, each with what was expected and what came.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eightfold.nn import _autograd as a
+from eightfold.nn import _products as p
+from eightfold.nn._products import WeightCache, ops
+
+# Asked once: a constant for torch.compile.
+_CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def fp8_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, save: str = "columns", *, cache: WeightCache | None = None
+) -> Tensor:
+    """x @ weight^T + bias; x [..., in], weight [out, in], bias [out] -> [..., out].
+
+    ``save="columns"`` keeps the input as FP8 codes grouped along the tokens, made from unrounded x. ``save="input"``
+    keeps x itself and makes the same codes in the backward pass: for an input that another op has saved already, as
+    attention does its output. Gradients do not depend on the choice. (Jet-RL, section 4.)
+    """
+    if save not in ("columns", "input"):
+        raise ValueError(f"fp8_linear: save must be 'columns' or 'input', got {save!r}")
+    x = _activation("fp8_linear", x)
+    _check_weight("fp8_linear", "weight", weight, x.shape[-1], bias)
+    if _needs_grad(x, weight, bias):
+        return a.Linear.apply(x, weight, bias, save == "input", cache)
+    out = p.product(p.quantize_rows(x), weight, bias, x.dtype, cache)
+    return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def fp8_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last dimension, in float32, rounded once; weight [features]."""
+    x = _activation("fp8_rms_norm", x)
+    _check_norm("fp8_rms_norm", weight, x.shape[-1])
+    if _needs_grad(x, weight):
+        return a.RMSNorm.apply(x, weight, eps)
+    return ops.rms_norm(p.flat(x), weight, eps, False)[0].view(x.shape)
+
+
+def fp8_norm_linears(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None = None,
+    residual: Tensor | None = None,
+    *,
+    caches: Sequence[WeightCache | None] | None = None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(s, [RMSNorm(s) @ w^T + b for each weight]) with s = x + residual; the first is None without a residual.
+
+    One cast of the norm's output serves all the products, one saved column tensor all their weight gradients. The
+    gradient of s is added inside the norm's backward kernel, and the gradients of the outputs are summed in float32.
+    """
+    name = "fp8_norm_linears"
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
+    biases = [None] * len(weights) if biases is None else list(biases)
+    caches = (None,) * len(weights) if caches is None else tuple(caches)
+    if not len(weights) == len(biases) == len(caches) or not weights:
+        raise ValueError(f"{name}: got {len(weights)} weights, {len(biases)} biases and {len(caches)} caches")
+    _check_norm(name, norm_weight, x.shape[-1])
+    for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        _check_weight(name, f"weights[{i}]", weight, x.shape[-1], bias)
+    if _needs_grad(x, residual, norm_weight, *weights, *biases):
+        out = a.NormLinears.apply(x, residual, norm_weight, eps, caches, *weights, *biases)
+        return (None, list(out)) if residual is None else (out[0], list(out[1:]))
+    total, rows, _, _ = a.norm_forward(x, residual, norm_weight, eps, False)
+    shape = x.shape[:-1]
+    layers = zip(weights, biases, caches, strict=True)
+    return total, [p.product(rows, w, b, x.dtype, c).view(*shape, w.shape[0]) for w, b, c in layers]
+
+
+def fp8_swiglu_mlp(
+    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, *, caches: Sequence | None = None
+) -> Tensor:
+    """(silu(x @ gate^T) * (x @ up^T)) @ down^T; gate and up are [intermediate, hidden], down [hidden, intermediate].
+
+    Gate and up wait as FP8 row codes; h = silu(gate) * up is recomputed from them. (DeepSeek-V3 report, section 3.3.3.)
+    """
+    return _swiglu("fp8_swiglu_mlp", x, None, None, 0.0, (gate_weight, up_weight, down_weight), caches)[1]
+
+
+def fp8_norm_swiglu_mlp(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    residual: Tensor | None = None,
+    *,
+    caches: Sequence | None = None,
+) -> tuple[Tensor | None, Tensor]:
+    """(s, fp8_swiglu_mlp(RMSNorm(s))) with s = x + residual; the first is None without a residual."""
+    weights = (gate_weight, up_weight, down_weight)
+    return _swiglu("fp8_norm_swiglu_mlp", x, residual, norm_weight, eps, weights, caches)
+
+
+def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight^T + bias in bfloat16, forward and backward: rounded operands, sums in float32, results rounded once.
+
+    On a CPU without bfloat16 matrix units, where torch's own bfloat16 product is several times slower than the float32
+    one, the rounded operands are multiplied in float32; elsewhere this is torch.nn.functional.linear.
+    """
+    x = x.to(torch.bfloat16)
+    if x.device.type == "cpu" and not _CPU_HAS_BF16:
+        if _needs_grad(x, weight, bias):
+            return a.BF16Linear.apply(x, weight, bias)
+        return a.bf16_product(x, weight.t(), bias)
+    return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def _swiglu(name, x, residual, norm_weight, eps, weights, caches):
+    x = _activation(name, x)
+    residual = _residual(name, x, residual)
+    caches = (None,) * 3 if caches is None else tuple(caches)
+    gate_weight, up_weight, down_weight = weights
+    _check_weight(name, "gate_weight", gate_weight, x.shape[-1], None)
+    _check_weight(name, "up_weight", up_weight, x.shape[-1], None)
+    if up_weight.shape != gate_weight.shape:
+        raise ValueError(f"{name}: up_weight {list(up_weight.shape)} must be as gate_weight {list(gate_weight.shape)}")
+    _check_weight(name, "down_weight", down_weight, gate_weight.shape[0], None)
+    if norm_weight is not None:
+        _check_norm(name, norm_weight, x.shape[-1])
+    if _needs_grad(x, residual, norm_weight, *weights):
+        out = a.SwiGLU.apply(x, residual, norm_weight, eps, *weights, caches)
+        return (None, out) if residual is None else out
+    total = None
+    if norm_weight is None:
+        rows = p.quantize_rows(x)
+    else:
+        total, rows, _, _ = a.norm_forward(x, residual, norm_weight, eps, False)
+    return total, a.swiglu_forward(rows, x, weights, caches, False)[0]
+
+
+# ---- checks ----
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _activation(name: str, x: Tensor) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type) and x.is_floating_point():
+        x = x.to(torch.bfloat16)
+    if x.dtype not in (torch.bfloat16, torch.float32):
+        raise TypeError(f"{name}: x must be bfloat16 or float32, got {x.dtype}")
+    if x.dim() == 0:
+        raise ValueError(f"{name}: x must be [..., features], got a scalar")
+    return x
+
+
+def _residual(name: str, x: Tensor, residual: Tensor | None) -> Tensor | None:
+    if residual is None:
+        return None
+    residual = _activation(name, residual)
+    if residual.shape != x.shape or residual.dtype != x.dtype:
+        expected, got = (tuple(x.shape), x.dtype), (tuple(residual.shape), residual.dtype)
+        raise ValueError(f"{name}: residual must be as x, {expected}, got {got}")
+    return residual
+
+
+def _check_norm(name: str, weight: Tensor, features: int) -> None:
+    if weight.dim() != 1 or weight.shape[0] != features:
+        raise ValueError(f"{name}: norm weight must be [{features}], the features of x, got {list(weight.shape)}")
+
+
+def _check_weight(name: str, argument: str, weight: Tensor, features: int, bias: Tensor | None) -> None:
+    if weight.dim() != 2 or weight.shape[1] != features:
+        raise ValueError(f"{name}: {argument} must be [out, {features}], as x has it, got {list(weight.shape)}")
+    if weight.shape[0] % 16 or features % 16:
+        raise ValueError(f"{name}: sizes of {argument} must be multiples of 16, got {list(weight.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"{name}: bias of {argument} must be [{weight.shape[0]}], got {list(bias.shape)}")

@@ -1,0 +1,118 @@
+"""Casts to FP8 (E4M3) with one scale a group, and back.
+
+Source of the scheme: groups of 1x128 for activations and 128x128 for weights as in DeepSeek-V3 (arXiv 2412.19437,
+section 3.3.2), 1x16 as in COAT (arXiv 2410.19313, section 5.2).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eightfold.ops import _library, layouts  # noqa: F401  (loads torch.ops.eightfold)
+
+_ops = torch.ops.eightfold
+
+Group = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """An FP8 matrix: ``codes[i, j] * scales[i // group[0], j // group[1]]`` is its value.
+
+    codes: float8_e4m3fn [rows, cols]; scales: float32 [ceil(rows / group[0]), ceil(cols / group[1])]. Shapes are
+    logical; strides are those the matrix kernels read (eightfold.ops.layouts).
+    """
+
+    codes: Tensor
+    scales: Tensor
+    group: Group
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def t(self) -> "QuantizedTensor":
+        """The transpose as a view. Column codes (128, 1) become row-major (1, 128), what a matrix product takes."""
+        return QuantizedTensor(self.codes.t(), self.scales.t(), (self.group[1], self.group[0]))
+
+    def dequantize(self, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        """codes * scales in float32, rounded once to ``dtype`` (bfloat16 or float32); row-major [rows, cols]."""
+        return _ops.dequantize(self.codes, self.scales, list(self.group), dtype)
+
+
+def quantize(x: Tensor, group: Group, power_of_two: bool = False) -> QuantizedTensor:
+    """Casts ``x`` to FP8 with one scale for each ``group`` block.
+
+    Args:
+        x: bfloat16 or float32 [rows, cols], last dimension contiguous, any row stride.
+        group: (1, 128) activations and gradients, (128, 128) weights, (128, 1) operands of a weight gradient, (1, 16).
+        power_of_two: rounds scales up to a power of two; scaling is then exact, at up to one bit of range.
+
+    A group that holds a NaN or an Inf gets a NaN scale and NaN codes. Raises RuntimeError for another dtype, rank,
+    layout or group.
+    """
+    codes, scales = _ops.quantize(x, list(group), power_of_two)
+    return QuantizedTensor(codes, scales, (group[0], group[1]))
+
+
+def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """``quantize`` in groups (1, 128) and (128, 1) from one read of ``x``: a gradient's operands of dgrad and wgrad."""
+    codes, scales, col_codes, col_scales = _ops.quantize_both(x, power_of_two)
+    return QuantizedTensor(codes, scales, (1, 128)), QuantizedTensor(col_codes, col_scales, (128, 1))
+
+
+def requantize(q: QuantizedTensor, power_of_two: bool = False) -> QuantizedTensor:
+    """From groups (1, 128) to (128, 1), through float32.
+
+    Rounds a second time: prefer ``quantize_both`` where the source exists.
+
+    Raises ValueError for another group, RuntimeError for a layout that ``quantize`` does not give.
+    """
+    if q.group != (1, 128):
+        raise ValueError(f"requantize: q.group must be (1, 128), got {q.group}")
+    return QuantizedTensor(*_ops.requantize(q.codes, q.scales, power_of_two), (128, 1))
+
+
+def transpose(q: QuantizedTensor) -> QuantizedTensor:
+    """Row-major transpose of a tensor in groups (128, 128); exact, for the scales transpose along.
+
+    Raises ValueError for another group: its scales would not match (``q.t()`` is the view, ``requantize`` a cast).
+    """
+    if q.group != (128, 128):
+        raise ValueError(f"transpose: q.group must be (128, 128), got {q.group}")
+    return QuantizedTensor(_ops.transpose_codes(q.codes), q.scales.t().contiguous(), (128, 128))
+
+
+def _empty(rows: int, cols: int, group: Group, like: Tensor) -> tuple[Tensor, Tensor]:
+    return layouts.empty_codes(rows, cols, group, like.device), layouts.empty_scales(rows, cols, group, like.device)
+
+
+@torch.library.register_fake("eightfold::quantize")
+def _(x, group, power_of_two=False):
+    return _empty(*x.shape, tuple(group), x)
+
+
+@torch.library.register_fake("eightfold::quantize_both")
+def _(x, power_of_two=False):
+    return *_empty(*x.shape, (1, 128), x), *_empty(*x.shape, (128, 1), x)
+
+
+@torch.library.register_fake("eightfold::requantize")
+def _(codes, scales, power_of_two=False):
+    return _empty(*codes.shape, (128, 1), codes)
+
+
+@torch.library.register_fake("eightfold::transpose_codes")
+def _(codes):
+    rows, cols = codes.shape
+    return codes.new_empty((cols, rows))
+
+
+@torch.library.register_fake("eightfold::dequantize")
+def _(codes, scales, group, dtype):
+    return codes.new_empty(codes.shape, dtype=dtype)

@@ -1,0 +1,274 @@
+"""Text to packed sequences: read, tokenise once, pack, shuffle, shard.
+
+A corpus is a list of documents. Whole documents are held out (of a single document, its tail). The rest is shuffled,
+laid end to end and cut into sequences; ``document_ids`` keep attention inside a document and the label of a
+document's last token is -100. Which sequences a step sees depends on the seed and the step alone: processes take
+slices of one global batch.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eightfold.train.config import DataConfig
+
+IGNORED = -100
+PROMPT_FIELDS = ("prompt", "question")
+COMPLETION_FIELDS = ("completion", "answer")
+
+
+@dataclass(frozen=True)
+class Document:
+    """``text`` with ``prompt`` before it (empty for plain text); ``source`` says where it came from."""
+
+    text: str
+    prompt: str = ""
+    source: str = ""
+
+
+def read_documents(config: DataConfig) -> list[Document]:
+    """Documents of ``config.path``. ValueError with file and position for what cannot be read as text."""
+    path = Path(config.path)
+    if not path.exists():
+        raise ValueError(f"{path}: no such file or folder")
+    kind = config.format if config.format != "auto" else _guess_format(path)
+    if kind == "datasets":
+        documents = _read_datasets(path, config)
+    elif kind == "jsonl":
+        files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
+        documents = [document for file in files for document in _read_json_lines(file, config)]
+    elif path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in config.extensions)
+        if not files:
+            raise ValueError(f"{path}: no file with one of the extensions {', '.join(config.extensions)}")
+        documents = [Document(_read_text(file), source=str(file)) for file in files]
+    else:
+        documents = [Document(_read_text(path), source=str(path))]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise ValueError(f"{path}: contains no text")
+    return documents
+
+
+def _guess_format(path: Path) -> str:
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return "datasets"
+        return "text"
+    return "jsonl" if path.suffix in (".jsonl", ".ndjson") else "text"
+
+
+def _read_text(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}: not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}") from None
+
+
+def _read_json_lines(path: Path, config: DataConfig) -> Iterator[Document]:
+    for number, line in enumerate(_read_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
+        yield _record_to_document(record, config, where)
+
+
+def _read_datasets(path: Path, config: DataConfig) -> list[Document]:
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{path}: reading a Hugging Face dataset needs the package: pip install datasets") from None
+    try:
+        loaded = datasets.load_from_disk(str(path))
+    except Exception as error:  # whatever the reader of Arrow files finds wrong
+        raise ValueError(f"{path}: not a readable dataset folder: {' '.join(str(error).split())}") from None
+    if isinstance(loaded, datasets.DatasetDict):
+        if "train" not in loaded:
+            raise ValueError(f"{path}: no split 'train'; splits: {', '.join(loaded)}")
+        loaded = loaded["train"]
+    return [_record_to_document(record, config, f"{path}: row {row}") for row, record in enumerate(loaded)]
+
+
+def _record_to_document(record: dict[str, Any], config: DataConfig, where: str) -> Document:
+    """The text field, or prompt and completion, of one record."""
+    prompt_field = config.prompt_field or next((name for name in PROMPT_FIELDS if name in record), None)
+    completion_field = config.completion_field or next((name for name in COMPLETION_FIELDS if name in record), None)
+    if config.text_field in record and not (config.prompt_field or config.completion_field):
+        names = (config.text_field,)
+    elif prompt_field and completion_field:
+        names = (completion_field, prompt_field)
+    else:
+        raise ValueError(
+            f"{where}: has neither {config.text_field!r} nor a prompt and a completion; its fields: {', '.join(record)}"
+        )
+    for name in names:
+        if not isinstance(record.get(name), str):
+            raise ValueError(f"{where}: field {name!r} should be text, got {type(record.get(name)).__name__}")
+    return Document(*(record[name] for name in names), source=where)
+
+
+def tokenize(document: Document, tokenizer: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [n] int32 and, of the same length, whether each token counts as a target."""
+    if config.template == "chat" and document.prompt:
+        turns = [{"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.text}]
+        head = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
+        whole = tokenizer.apply_chat_template(turns, tokenize=False)
+        if not whole.startswith(head):
+            raise ValueError("data.template=chat: the chat template does not continue its own generation prompt")
+        parts = [_encode(tokenizer, head), _encode(tokenizer, whole[len(head) :])]
+    else:
+        parts = [_encode(tokenizer, document.prompt), _encode(tokenizer, document.text)]
+        if tokenizer.eos_token_id is not None:
+            parts[1].append(tokenizer.eos_token_id)
+    ids = np.array(parts[0] + parts[1], dtype=np.int32)
+    counts = np.ones(len(ids), dtype=bool)
+    if not config.train_on_prompt:
+        counts[: len(parts[0])] = False
+    return ids, counts
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """Packed sequences, all [count, length]: ``ids``, ``labels`` (the next token, or -100) and ``document_ids``."""
+
+    ids: Tensor
+    labels: Tensor
+    document_ids: Tensor
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def batch(self, indices: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """``ids``, ``labels``, ``document_ids`` of the sequences ``indices``, int64 [len(indices), length]."""
+        rows = torch.tensor(indices)
+        return tuple(part[rows].long().to(device) for part in (self.ids, self.labels, self.document_ids))
+
+    def targets(self, indices: list[int]) -> int:
+        """How many labels of these sequences count in the loss."""
+        return int((self.labels[torch.tensor(indices)] != IGNORED).sum()) if indices else 0
+
+
+def pack(documents: list[tuple[np.ndarray, np.ndarray]], length: int) -> Sequences:
+    """Lays documents end to end and cuts sequences of ``length``; those without a single target are dropped.
+
+    The last sequence is filled with -100 labels when the stream ends inside it.
+    """
+    ids = np.concatenate([ids for ids, _ in documents])
+    labels = np.concatenate(
+        [np.append(np.where(counts[1:], ids[1:], IGNORED), IGNORED) for ids, counts in documents]
+    ).astype(np.int32)
+    document_ids = np.repeat(np.arange(len(documents), dtype=np.int32), [len(ids) for ids, _ in documents])
+    rows = math.ceil(len(ids) / length)
+    pad = rows * length - len(ids)
+    ids = np.pad(ids, (0, pad)).reshape(rows, length)
+    labels = np.pad(labels, (0, pad), constant_values=IGNORED).reshape(rows, length)
+    document_ids = np.pad(document_ids, (0, pad), constant_values=len(documents)).reshape(rows, length)
+    document_ids = document_ids - document_ids[:, :1]
+    keep = (labels != IGNORED).any(axis=1)
+    return Sequences(*(torch.from_numpy(part[keep]) for part in (ids, labels, document_ids)))
+
+
+def split(
+    documents: list[tuple[np.ndarray, np.ndarray]], share: float, seed: int
+) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]:
+    """Shuffled training documents, and held-out ones of about ``share`` of the tokens."""
+    if len(documents) == 1 and share > 0:
+        ids, counts = documents[0]
+        cut = len(ids) - max(2, round(len(ids) * share))
+        return [(ids[:cut], counts[:cut])], [(ids[cut:], counts[cut:])]
+    order = np.random.default_rng([seed, 0x5EED]).permutation(len(documents))
+    wanted = share * sum(len(ids) for ids, _ in documents)
+    held_out: list[tuple[np.ndarray, np.ndarray]] = []
+    taken = 0
+    for index in order[:-1]:
+        if taken >= wanted:
+            break
+        held_out.append(documents[index])
+        taken += len(documents[index][0])
+    return [documents[index] for index in order[len(held_out) :]], held_out
+
+
+@dataclass
+class Corpus:
+    """Training and held-out sequences; ``fingerprint`` is a hash of every token and label of the former."""
+
+    train: Sequences
+    held_out: Sequences | None
+    seed: int = 0
+    fingerprint: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        parts = (self.train.ids, self.train.labels, self.train.document_ids)
+        self.fingerprint = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+
+    @classmethod
+    def load(cls, config: DataConfig, tokenizer: Any, seed: int) -> "Corpus":
+        """Reads, tokenises, splits and packs ``config.path``."""
+        if tokenizer is None:
+            raise ValueError("the model has no tokenizer: its folder should hold tokenizer.json")
+        if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise ValueError("data.template=chat: the model's tokenizer has no chat template")
+        documents = [tokenize(document, tokenizer, config) for document in read_documents(config)]
+        documents = [(ids, counts) for ids, counts in documents if len(ids) >= 2 and counts[1:].any()]
+        if not documents:
+            raise ValueError(f"{config.path}: no document of at least two tokens")
+        train, held_out = split(documents, config.held_out, seed)
+        sequences = pack(train, config.sequence_length) if len(train[0][0]) else None
+        if not sequences:
+            raise ValueError(f"{config.path}: too little text to train on after holding out {config.held_out:.0%}")
+        return cls(sequences, pack(held_out, config.sequence_length) if held_out else None, seed)
+
+    def start(self) -> "Cursor":
+        """A cursor at the first sequence of the first epoch."""
+        return Cursor(self)
+
+
+@dataclass
+class Cursor:
+    """An endless walk through the training sequences, in a new order each epoch. Its state is two integers."""
+
+    corpus: Corpus
+    epoch: int = 0
+    position: int = 0
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` sequence indices; runs over into the next epoch."""
+        indices: list[int] = []
+        while len(indices) < count:
+            order = np.random.default_rng([self.corpus.seed, self.epoch]).permutation(len(self.corpus.train))
+            part = order[self.position : self.position + count - len(indices)]
+            indices += part.tolist()
+            self.position += len(part)
+            if self.position == len(order):
+                self.epoch, self.position = self.epoch + 1, 0
+        return indices
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position, "fingerprint": self.corpus.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["fingerprint"] != self.corpus.fingerprint:
+            raise ValueError(
+                "the data are not those of the checkpoint (text, tokenizer, sequence_length, held_out or seed differ)"
+            )
+        self.epoch, self.position = state["epoch"], state["position"]

@@ -1,0 +1,128 @@
+"""What a run leaves behind: a line per step on the terminal, ``log.jsonl``, TensorBoard events, the loss curve."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak memory so far: allocated on a GPU, resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class RunLog:
+    """Writes the records of one run into ``output``; on a resume, records after ``start_step`` are dropped first.
+
+    A record is a dict with ``step`` and numbers. ``quiet`` (every process but the first) writes nothing.
+    """
+
+    def __init__(
+        self, output: str | Path, steps: int, start_step: int, *, tensorboard: bool, quiet: bool, name: str = ""
+    ) -> None:
+        self.path = Path(output) / "log.jsonl"
+        self.name = name
+        self._steps = steps
+        self._file = self._events = self._bar = None
+        if quiet:
+            return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_log(self.path) if record["step"] <= start_step] if start_step else []
+        self._file = open(self.path, "w", buffering=1)  # noqa: SIM115
+        for record in kept:
+            self._file.write(json.dumps(record) + "\n")
+        if tensorboard:
+            self._events = _tensorboard(self.path.parent / "tensorboard", start_step)
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=start_step, desc=name or "train", unit="step", dynamic_ncols=True)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """One record into all logs."""
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        if self._events is not None:
+            for key, value in record.items():
+                if key != "step":
+                    self._events.add_scalar(f"train/{key}", value, record["step"])
+        if "loss" in record:
+            figures = (
+                f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, "
+                f"{record['memory_bytes'] / 1e9:.2f} GB"
+            )
+            if self._bar is not None:
+                self._bar.set_postfix_str(figures, refresh=False)
+                self._bar.update(record["step"] - self._bar.n)
+            else:
+                self.say(f"step {record['step']}/{self._steps}: {figures}")
+        elif "held_out_loss" in record:
+            self.say(f"step {record['step']}/{self._steps}: held-out loss {record['held_out_loss']:.4f}")
+
+    def say(self, text: str) -> None:
+        """A line on the terminal, above the progress bar."""
+        if self._file is None:
+            return
+        line = f"{self.name + ': ' if self.name else ''}{text}"
+        if self._bar is not None:
+            self._bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        for part in (self._bar, self._events, self._file):
+            if part is not None:
+                part.close()
+
+
+def _tensorboard(folder: Path, start_step: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=start_step + 1)
+
+
+def read_log(path: str | Path) -> list[dict[str, Any]]:
+    """Records of a log.jsonl; a last line cut off by a crash is left out."""
+    records: list[dict[str, Any]] = []
+    if Path(path).exists():
+        for line in Path(path).read_text().splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+    return records
+
+
+def plot_curves(path: str | Path, runs: dict[str, list[dict[str, Any]]], title: str) -> None:
+    """PNG of training loss (thin) and held-out loss (marked) against the step, for each named run's records."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for number, (name, records) in enumerate(runs.items()):
+        color = f"C{number}"
+        for key, label, style in (
+            ("loss", "training", {"linewidth": 0.9, "alpha": 0.55}),
+            ("held_out_loss", "held out", {"linewidth": 1.8, "marker": "o", "markersize": 4}),
+        ):
+            points = [(record["step"], record[key]) for record in records if key in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=color, label=f"{name}, {label}", **style)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("cross-entropy (nats per token)")
+    axes.set_title(title)
+    axes.grid(alpha=0.25)
+    if axes.has_data():
+        axes.legend()
+    figure.savefig(path)

@@ -1,0 +1,362 @@
+"""RMS norm, alone and fused with casts: against the reference, its own parts, and gradients in fp64."""
+
+import pytest
+import torch
+
+from eightfold.ops import layouts
+from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.ops.quant import QuantizedTensor, quantize
+from eightfold.reference import norm as reference
+
+ops = torch.ops.eightfold
+EPS = 1e-5
+SHAPES = [(0, 256), (1, 16), (3, 129), (130, 144), (257, 1000), (128, 2176), (20, 8192)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+def data(rows, cols, dtype, device, outliers=True):
+    x = torch.randn(rows, cols, device=device)
+    if outliers and x.numel():
+        x *= torch.rand(rows, 1, device=device) * 4
+        x[:, cols // 2] *= 30
+    return x.to(dtype), (torch.rand(cols, device=device) + 0.5)
+
+
+def same_bytes(a, b):
+    assert a.shape == b.shape
+    assert a.dtype == b.dtype
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    differ = a.view(bits) != b.view(bits)
+    assert not differ.any(), f"{differ.sum()} of {differ.numel()} elements differ"
+
+
+def same_cast(a: QuantizedTensor, b: QuantizedTensor):
+    assert a.group == b.group
+    same_bytes(a.codes, b.codes)
+    same_bytes(a.scales, b.scales)
+
+
+def steps(codes):
+    """Codes as integers in the order of their values, so that neighbours differ by 1."""
+    c = codes.contiguous().view(torch.uint8).to(torch.int32)
+    return torch.where(c < 128, c, 128 - c)
+
+
+def close_cast(codes, scales, expected_codes, expected_scales, share=0.01):
+    """At most one step apart, and seldom: an fp32 sum in another order may move a value over a rounding boundary."""
+    assert codes.shape == expected_codes.shape
+    torch.testing.assert_close(scales, expected_scales, rtol=2**-7, atol=0, equal_nan=True)
+    if codes.numel():
+        apart = (steps(codes) - steps(expected_codes)).abs()
+        assert apart.max() <= 1
+        assert (apart > 0).float().mean() <= share
+
+
+def check_layout(codes, scales, group):
+    like = (
+        layouts.empty_codes(*codes.shape, group, codes.device),
+        layouts.empty_scales(*codes.shape, group, codes.device),
+    )
+    assert (codes.stride(), scales.stride()) == (like[0].stride(), like[1].stride())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm_is_the_reference(shape, dtype, device):
+    x, w = data(*shape, dtype, device)
+    for weight in (w, w.bfloat16()):
+        y, codes, scales, rstd = ops.rms_norm(x, weight, EPS, True)
+        want_y, want_codes, want_scales, want_rstd = reference.rms_norm(x, weight, EPS, True)
+        torch.testing.assert_close(rstd, want_rstd, rtol=1e-6, atol=0)
+        torch.testing.assert_close(y, want_y, rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=0)
+        same_bytes(codes, want_codes)  # nothing but the cast of x
+        same_bytes(scales, want_scales)
+        check_layout(codes, scales, (1, 128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_ops_are_the_reference(shape, dtype, device):
+    x, w = data(*shape, dtype, device)
+    residual = torch.randn_like(x)
+    for out, want in (
+        (ops.rms_norm_quantize(x, w, EPS, True), reference.rms_norm_quantize(x, w, EPS, True)),
+        (
+            ops.add_rms_norm_quantize(x, residual, w, EPS, True)[1:],
+            reference.add_rms_norm_quantize(x, residual, w, EPS, True)[1:],
+        ),
+    ):
+        for i, group in ((0, (1, 128)), (2, (128, 1)), (4, (1, 128))):
+            close_cast(*out[i : i + 2], *want[i : i + 2])
+            check_layout(*out[i : i + 2], group)
+        torch.testing.assert_close(out[6], want[6], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fused_is_unfused_to_the_byte(shape, dtype, device):
+    x, w = data(*shape, dtype, device)
+    residual = torch.randn_like(x)
+    total, fused = add_rms_norm_quantize(x, residual, w, EPS, training=True)
+    same_bytes(total, x + residual)
+    same_cast(fused.rows, quantize(rms_norm(total, w, EPS), (1, 128)))
+    same_cast(fused.cols, quantize(rms_norm(total, w, EPS), (128, 1)))
+    same_cast(fused.input, quantize(total, (1, 128)))
+    alone = rms_norm_quantize(total, w, EPS, training=True)
+    for name in ("rows", "cols", "input"):
+        same_cast(getattr(fused, name), getattr(alone, name))
+    same_bytes(fused.rstd, alone.rstd)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_inference_gives_the_training_rows_and_nothing_else(dtype, device):
+    x, w = data(130, 400, dtype, device)
+    same_cast(rms_norm_quantize(x, w, EPS).rows, rms_norm_quantize(x, w, EPS, training=True).rows)
+    total, casts = add_rms_norm_quantize(x, x, w, EPS)
+    same_bytes(total, x + x)
+    same_cast(casts.rows, add_rms_norm_quantize(x, x, w, EPS, training=True)[1].rows)
+    assert casts[1:] == (None, None, None)
+    same_bytes(ops.rms_norm(x, w, EPS, False)[0], ops.rms_norm(x, w, EPS, True)[0])
+    assert [t.shape for t in ops.rms_norm(x, w, EPS, False)[1:]] == [(0, 0), (0, 0), (0,)]
+    assert [t.shape for t in ops.rms_norm_quantize(x, w, EPS, False)[2:]] == [(0, 0)] * 4 + [(0,)]
+
+
+@pytest.mark.parametrize("cols", [64, 896, 4096])
+def test_a_row_depends_on_itself_alone(cols, device):
+    x, w = data(70, cols, torch.bfloat16, device)
+    whole = ops.rms_norm_quantize(x, w, EPS, True)
+    for rows in (slice(0, 1), slice(69, 70), slice(3, 40)):
+        part = ops.rms_norm_quantize(x[rows].contiguous(), w, EPS, True)
+        for i in (0, 1, 4, 5, 6):
+            same_bytes(part[i], whole[i][rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unaligned_memory_gives_the_same_bytes(dtype, device):
+    x, w = data(40, 512, dtype, device)
+    shifted = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].view_as(x).copy_(x)
+    dy = torch.randn_like(x)
+    for a, b in zip(ops.rms_norm_quantize(x, w, EPS, True), ops.rms_norm_quantize(shifted, w, EPS, True), strict=True):
+        same_bytes(a, b)
+    rstd = ops.rms_norm(x, w, EPS, True)[3]
+    for a, b in zip(rms_norm_backward(dy, x, rstd, w), rms_norm_backward(dy, shifted, rstd, w), strict=True):
+        same_bytes(a, b)
+
+
+def test_values_against_fp64_and_rounding_bias(device):
+    x, w = data(64, 4096, torch.bfloat16, device, outliers=False)
+    exact = x.double() / (x.double().square().mean(1, keepdim=True) + EPS).sqrt() * w.double()
+    error = (rms_norm(x, w, EPS).double() - exact) / exact.abs().clamp(min=1e-30)
+    assert error.abs().max() <= 2**-8 * 1.01  # half a bf16 step
+    assert error.mean().abs() < 2e-5  # nearest even has no bias; truncation would show 2e-3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_value_marks_its_row_and_no_other(bad, device):
+    x, w = data(200, 300, torch.bfloat16, device)
+    x[130, 7] = bad
+    codes, scales, col_codes, col_scales, _, x_scales, rstd = ops.rms_norm_quantize(x, w, EPS, True)
+    good = torch.arange(200, device=device) != 130
+    assert scales[130].isnan()[0]
+    assert (codes.view(torch.uint8)[130, :128] == 0x7F).all()
+    assert scales[good].isfinite().all()
+    assert rstd[good].isfinite().all()
+    assert x_scales[130].isnan().tolist() == [True, False, False]
+    assert col_scales[0].isfinite().all()  # rows 0 to 127
+    assert col_scales[1, 7].isnan()
+    assert (col_codes.view(torch.uint8)[128:, 7] == 0x7F).all()
+
+
+def test_zero_rows_and_tiny_values_stay_finite(device):
+    x = torch.zeros(4, 256, device=device, dtype=torch.bfloat16)
+    x[1] = 1e-30
+    codes, scales, *_, rstd = ops.rms_norm_quantize(x, torch.ones(256, device=device), EPS, True)
+    torch.testing.assert_close(rstd, torch.full_like(rstd, EPS**-0.5))
+    assert scales.isfinite().all()
+    assert (codes.float()[[0, 2, 3]] == 0).all()
+
+
+def fp64_gradients(dy, x, w, residual_grad=None):
+    x64, w64 = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    y = x64 * (x64.square().mean(1, keepdim=True) + EPS).rsqrt() * w64
+    y.backward(dy.double())
+    dx = x64.grad if residual_grad is None else x64.grad + residual_grad.double()
+    return dx, w64.grad
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 129), (130, 144), (300, 1000), (33, 4096), (20, 8200)])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_gradients_are_fp64_autograd(shape, dtype, with_residual, device):
+    x, w = data(*shape, dtype, device)
+    dy = torch.randn_like(x)
+    residual_grad = torch.randn_like(x) if with_residual else None
+    rstd = ops.rms_norm(x, w, EPS, True)[3]
+    dx, dweight = rms_norm_backward(dy, x, rstd, w, residual_grad)
+    want_dx, want_dweight = fp64_gradients(dy, x, w, residual_grad)
+    assert (dx.dtype, dweight.dtype) == (dtype, torch.float32)
+    size = want_dx.abs().amax(1, keepdim=True)
+    assert (
+        (dx.double() - want_dx).abs() <= (2**-8 if dtype == torch.bfloat16 else 0) * want_dx.abs() + 4e-6 * size
+    ).all()
+    torch.testing.assert_close(dweight.double(), want_dweight, rtol=1e-5, atol=1e-5 * float(want_dweight.abs().max()))
+
+
+def test_gradients_from_saved_codes(device):
+    """The codes enter as the values they stand for; against exact autograd only E4M3's own error is left."""
+    x, w = data(130, 1040, torch.float32, device, outliers=False)
+    dy = torch.randn_like(x)
+    saved = rms_norm_quantize(x, w, EPS, training=True)
+    dx, dweight = rms_norm_backward(dy, saved.input, saved.rstd, w, x)
+    from_values = rms_norm_backward(dy, saved.input.dequantize(torch.float32), saved.rstd, w, x)
+    same_bytes(dx, from_values[0])
+    same_bytes(dweight, from_values[1])
+    want_dx, want_dweight = fp64_gradients(dy, x, w, x)
+    for got, want in ((dx, want_dx), (dweight, want_dweight)):
+        assert (got.double() - want).norm() / want.norm() < 0.04
+    bf16 = rms_norm_backward(dy.bfloat16(), saved.input, saved.rstd, w.bfloat16())
+    want = reference.rms_norm_backward(dy.bfloat16(), *_tensors(saved.input), saved.rstd, w.bfloat16(), None)
+    torch.testing.assert_close(bf16[0], want[0], rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(bf16[1], want[1], rtol=1e-5, atol=1e-4)
+
+
+def _tensors(q):
+    return q.codes, q.scales
+
+
+def test_no_rows_gives_a_zero_dweight(device):
+    x, w = data(0, 256, torch.bfloat16, device)
+    dx, dweight = rms_norm_backward(x, x, torch.empty(0, device=device), w)
+    assert dx.shape == (0, 256)
+    assert torch.equal(dweight, torch.zeros(256, device=device))
+
+
+def test_bits_do_not_depend_on_threads_or_run(device):
+    x, w = data(300, 1040, torch.bfloat16, device)
+    dy = torch.randn_like(x)
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 3, 3):
+            torch.set_num_threads(threads)
+            forward = ops.add_rms_norm_quantize(x, dy, w, EPS, True)
+            runs.append([*forward, *ops.rms_norm_backward(dy, x, None, forward[7], w, x)])
+    finally:
+        torch.set_num_threads(before)
+    for run in runs[1:]:
+        for a, b in zip(run, runs[0], strict=True):
+            same_bytes(a, b)
+
+
+def test_errors_name_the_argument_and_the_values(device):
+    x, w = data(8, 256, torch.bfloat16, device)
+    rstd = torch.ones(8, device=device)
+    codes, scales = ops.quantize(x, [1, 128])
+    for call, message in (
+        (lambda: rms_norm(x.half(), w), r"rms_norm: x must be bfloat16 or float32, got float16"),
+        (lambda: rms_norm(x[0], w), r"rms_norm: x must have 2 dimensions, got shape \[256\]"),
+        (
+            lambda: rms_norm(x.t(), w[:8]),
+            r"rms_norm: x must be contiguous, got shape \[256, 8\] with strides \[1, 256\]",
+        ),
+        (lambda: rms_norm(x, w[:128]), r"rms_norm: weight must have shape \[256\], got \[128\]"),
+        (lambda: rms_norm(x, w.half()), r"rms_norm: weight must be bfloat16 or float32, got float16"),
+        (lambda: rms_norm(x, w, -1.0), r"rms_norm: eps must not be negative, got -1"),
+        (
+            lambda: add_rms_norm_quantize(x, x.float(), w),
+            r"add_rms_norm_quantize: residual must be bfloat16, got float32",
+        ),
+        (
+            lambda: add_rms_norm_quantize(x, x[:4], w),
+            r"add_rms_norm_quantize: residual must have shape \[8, 256\], got \[4, 256\]",
+        ),
+        (lambda: rms_norm_backward(x, x, rstd[:7], w), r"rms_norm_backward: rstd must have shape \[8\], got \[7\]"),
+        (lambda: rms_norm_backward(x, x.float(), rstd, w), r"rms_norm_backward: x must be bfloat16, got float32"),
+        (
+            lambda: ops.rms_norm_backward(x, codes, scales.contiguous(), rstd, w, None),
+            r"rms_norm_backward: x_scales must have stride 1 along the rows, as quantize writes it, got shape \[8, 2\]",
+        ),
+        (
+            lambda: ops.rms_norm_backward(x, x, scales, rstd, w, None),
+            r"rms_norm_backward: x must be float8_e4m3fn, got bfloat16",
+        ),
+        (
+            lambda: rms_norm_backward(x, x, rstd, w, x[:, :128]),
+            r"rms_norm_backward: residual_grad must have shape \[8, 256\], got \[8, 128\]",
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
+    with pytest.raises(ValueError, match=r"x.group must be \(1, 128\), got \(128, 1\)"):
+        rms_norm_backward(x, quantize(x, (128, 1)), rstd, w)
+
+
+@pytest.mark.gpu
+def test_too_many_features_for_the_kernel():
+    x = torch.zeros(2, 16400, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(RuntimeError, match="x has 16400 features; the CUDA kernel takes at most 16384"):
+        rms_norm(x, torch.ones(16400, device="cuda"))
+
+
+@pytest.mark.gpu
+def test_cpu_and_cuda_agree():
+    x, w = data(130, 4096, torch.bfloat16, "cpu")
+    cpu = ops.rms_norm_quantize(x, w, EPS, True)
+    cuda = [t.cpu() for t in ops.rms_norm_quantize(x.cuda(), w.cuda(), EPS, True)]
+    for i in (0, 2):
+        close_cast(cuda[i], cuda[i + 1], cpu[i], cpu[i + 1])
+    same_bytes(cuda[4], cpu[4])
+    same_bytes(cuda[5], cpu[5])
+    with pytest.raises(RuntimeError, match="weight is on cpu"):
+        rms_norm(x.cuda(), w)
+
+
+def _calls(device):
+    x, w = data(20, 272, torch.bfloat16, device)
+    q = reference.rms_norm_quantize(x, w, EPS, True)
+    codes, scales = ops.quantize(x, [1, 128])
+    yield ops.rms_norm, (x, w, EPS, True)
+    for training in (True, False):
+        yield ops.rms_norm_quantize, (x, w, EPS, training)
+        yield ops.add_rms_norm_quantize, (x, x, w, EPS, training)
+    yield ops.rms_norm_backward, (x, codes, scales, q[6], w, x)
+    yield ops.rms_norm_backward, (x, x, None, q[6], w, None)
+
+
+# opcheck's own test_schema computes with the inputs, which torch cannot do in FP8; this is what it would check.
+def test_inputs_are_left_alone(device):
+    for op, args in _calls(device):
+        before = [a.clone() if isinstance(a, torch.Tensor) else a for a in args]
+        op(*args)
+        for a, b in zip(args, before, strict=True):
+            if isinstance(a, torch.Tensor):
+                same_bytes(a, b)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_opcheck(device):
+    checks = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+    for op, args in _calls(device):
+        torch.library.opcheck(op.default, args, test_utils=checks)
+
+
+def test_compiles_as_one_graph(device):
+    for op, args in _calls(device):
+        compiled = torch.compile(lambda *a, op=op: op(*a), fullgraph=True, backend="aot_eager")
+        for a, b in zip(compiled(*args), op(*args), strict=True):
+            same_bytes(a, b)
+            assert a.stride() == b.stride()
+
+
+@pytest.mark.gpu
+def test_graph_capture():
+    for op, args in _calls("cuda"):
+        expected = op(*args)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = op(*args)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(out, expected, strict=True):
+            same_bytes(a, b)
