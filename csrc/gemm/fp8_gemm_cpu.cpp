@@ -13,6 +13,7 @@ namespace eightfold {
 
 void fp8_gemm_cpu_avx2(const Fp8GemmArgs& args);
 void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args);
+void fp8_gemm_cpu_amx(const Fp8GemmArgs& args);
 
 float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats) {
   struct Free {
@@ -68,10 +69,21 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
          __builtin_cpu_supports("avx512dq");
 }
+// Linux lends the tile registers on request, once for all threads of a process; it refuses where it does not save them.
+bool has_amx() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return has_avx512() && __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 constexpr Fp8GemmCpuKernel kKernels[] = {
 #if defined(__x86_64__)
+    {"amx", has_amx, fp8_gemm_cpu_amx},
     {"avx512", has_avx512, fp8_gemm_cpu_avx512},
     {"avx2", has_avx2, fp8_gemm_cpu_avx2},
 #endif
