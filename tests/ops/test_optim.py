@@ -328,7 +328,7 @@ def compare(actual, expected, share=1e-2):
             assert ((a != e).float().mean() if a.numel() else 0) <= 0.005 + 1.5 / max(a.numel(), 1)
             torch.testing.assert_close(a, e, rtol=2**-7, atol=1e-30)
         else:
-            torch.testing.assert_close(a.cpu(), e.cpu(), rtol=1e-5, atol=1e-7)
+            torch.testing.assert_close(a.cpu(), e.cpu(), rtol=1e-5, atol=1e-6)  # a step is 1e-2
     for part in range(6):
         a, e = (
             torch.cat([t.view(torch.uint8).flatten() if t.dtype == E4M3 else t.flatten() for t in p.states[part]]).cpu()
@@ -589,6 +589,8 @@ def test_compile(device):
 def test_graph_capture():
     problems = [Problem("cuda", **kind) for kind in KINDS.values()]
     expected = [Problem("cuda", **kind) for kind in KINDS.values()]
+    for kind in KINDS.values():
+        Problem("cuda", **kind).step()  # kernels are loaded before capture
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
