@@ -12,12 +12,12 @@ void check_codes(const Tensor& t, const char* op, const char* argument) {
   check_rank(t, 2, op, argument);
   check_dtype(t, {ScalarType::Float8_e4m3fn}, op, argument);
   check_last_dim_contiguous(t, op, argument);
-  EF_CHECK(t.size(0) <= 1 || (t.stride(0) >= t.size(1) && t.stride(0) % 16 == 0), op, ": ", argument,
+  EF_CHECK(t.size(0) <= 1 || t.size(1) == 0 || (t.stride(0) >= t.size(1) && t.stride(0) % 16 == 0), op, ": ", argument,
            " must have rows at a multiple of 16 bytes from each other, got shape ", shape_of(t), " with strides ", strides_of(t));
   check_aligned(t, 16, op, argument);
 }
 
-int64_t row_stride(const Tensor& t) { return t.size(0) > 1 ? t.stride(0) : round_up(t.size(1) > 0 ? t.size(1) : 1, 16); }
+int64_t row_stride(const Tensor& t) { return t.size(0) > 1 && t.size(1) > 0 ? t.stride(0) : round_up(t.size(1) > 0 ? t.size(1) : 1, 16); }
 
 // Scales [rows, groups] with rows contiguous and a leading dimension that is a multiple of 4 (layouts.py, groups (1, 128) and, transposed,
 // (128, 1)).

@@ -11,11 +11,11 @@ from eightfold.reference import quant as reference_quant
 ops = torch.ops.eightfold
 # Relative Frobenius error. The tensor core keeps about 14 bits inside a block of 128; a CPU keeps 24.
 FP32_ERROR = {"cpu": 1e-5, "cuda": 1e-3}
-BF16_ERROR = {"cpu": 1.75e-3, "cuda": 2.2e-3}
+BF16_ERROR = {"cpu": 2**-9, "cuda": 2.2e-3}
 
 
 def operand(rows, depth, group, device, mean=0.0):
-    """Random values on levels that differ from group to group; transposed column codes for the group (1, 128, "cols")."""
+    """Random values on levels that differ from group to group; group "cols" gives transposed column codes, (1, 128)."""
     level = 10 ** torch.empty(layouts.ceil_div(rows, 32), layouts.ceil_div(depth, 128)).uniform_(-2, 2)
     x = torch.randn(rows, depth) + mean
     x *= level.repeat_interleave(32, 0)[:rows].repeat_interleave(128, 1)[:, :depth]
@@ -126,10 +126,11 @@ def test_long_sums(device, mean):
 
 
 def test_rounding_has_no_bias(device):
-    """bf16 results lie above and below the float32 ones equally often."""
+    """bf16 results are the float32 ones rounded to nearest: above and below equally often."""
     a, b = operand(256, 256, (1, 128), device), operand(256, 256, (128, 128), device)
     wide, narrow = gemm.fp8_gemm(a, b, out_dtype=torch.float32), gemm.fp8_gemm(a, b)
     assert torch.equal(wide.bfloat16(), narrow)
+    assert error(narrow, wide.cpu().double()) < 1.75e-3
     above = ((narrow.float() - wide) * wide.sign()).sign().mean()
     assert abs(float(above)) < 0.02
 
@@ -329,7 +330,7 @@ def test_operands_on_two_devices():
 CHECKS_OF_FP8 = ("test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
 
-@pytest.mark.parametrize("m", [0, 1, 33])
+@pytest.mark.parametrize("m", [0, 4, 32])  # opcheck clones its inputs densely, which drops the padding of other scales
 def test_opcheck(device, m):
     a, b = operand(m, 272, (1, 128), device), operand(48, 272, (128, 128), device)
     args = (a.codes, a.scales, b.codes, b.scales, 128)

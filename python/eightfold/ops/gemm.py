@@ -1,7 +1,7 @@
 """The FP8 matrix product: operands with one scale per 128 of K, sums promoted to float32 every 128 of K.
 
-Source of the scheme: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). An output element depends on its own row of ``a`` and
-row of ``b`` only, to the last bit: not on the number of rows, on the rows around it, on threads or on the run.
+Source of the scheme: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). An output element depends on its own row of ``a``
+and row of ``b`` only, to the last bit: not on the number of rows, on the rows around it, on threads or on the run.
 """
 
 import torch
