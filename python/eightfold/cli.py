@@ -1,9 +1,9 @@
-"""The command `eightfold`. Modules that import torch are imported by the subcommand that needs them."""
+"""The command `eightfold`. Slow modules are imported by the subcommand that needs them."""
 
 import argparse
+import importlib
 import os
 import re
-import runpy
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +19,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "train":  # overrides may also stand after flags
         args.overrides += [item for item in rest if _OVERRIDE.fullmatch(item)]
         rest = [item for item in rest if not _OVERRIDE.fullmatch(item)]
-    if rest and args.command != "bench":
+    if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    args.rest = rest
     try:
         return args.run(args) or 0
     except KeyboardInterrupt:
@@ -81,22 +80,20 @@ def _quoted(value: object) -> str:
 
 def _generate(args: argparse.Namespace) -> int:
     from eightfold.generate.console import run
+    from eightfold.train.config import ModelConfig
 
+    args.model = ModelConfig(path=args.model).resolved()
     return run(args)
 
 
 def _bench(args: argparse.Namespace) -> int:
-    folder = Path(__file__).resolve().parents[2] / "bench"
-    families = sorted(path.stem for path in folder.glob("*.py") if not path.stem.startswith("_"))
-    if not families:
-        raise ValueError("the benchmarks are in the source tree, not in the wheel: run `eightfold bench` there")
-    if args.family not in families:
-        given = f"unknown family {args.family!r}" if args.family else "which family?"
-        raise ValueError(f"bench: {given}; families: {', '.join(families)}")
-    script = folder / f"{args.family}.py"
-    sys.argv = [str(script), *args.rest]
-    sys.path.insert(0, str(folder))
-    runpy.run_path(str(script), run_name="__main__")
+    root = Path(__file__).resolve().parents[2]
+    if not (root / "bench" / "__main__.py").exists():
+        raise ValueError("bench: the benchmarks are in the source tree, not in the wheel: install from a clone")
+    sys.path.insert(0, str(root))
+    main = importlib.import_module("bench.__main__").main
+    device = ["--device", args.device] if args.device else []
+    main([*args.families, *device, *(["--results", args.results] if args.results else [])])
     return 0
 
 
@@ -144,7 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("config", nargs="?", help="YAML file")
     train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optimizer.lr=1e-4")
     train.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="the same, as a flag")
-    train.add_argument("--model", help="Hugging Face folder, .gguf file, or a packaged model's name")
+    train.add_argument("--model", help="Hugging Face folder, .gguf file, or smollm2")
     train.add_argument("--data", help="text file, folder, .jsonl file or saved dataset")
     train.add_argument("--output", help="folder for logs, the loss curve and checkpoints (default: run)")
     train.add_argument("--precision", help="fp8, bf16 or fp32")
@@ -153,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", help="write text with a model")
-    generate.add_argument("model", help="Hugging Face folder, .gguf file, or a packaged model's name")
+    generate.add_argument("model", help="Hugging Face folder, .gguf file, or smollm2")
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     generate.add_argument("--max-tokens", type=int, default=200)
@@ -164,8 +161,10 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
     generate.set_defaults(run=_generate)
 
-    bench = commands.add_parser("bench", help="time a family of kernels (further arguments go to its script)")
-    bench.add_argument("family", nargs="?")
+    bench = commands.add_parser("bench", help="time the kernels of this machine")
+    bench.add_argument("families", nargs="*", help="default: all")
+    bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
+    bench.add_argument("--results", metavar="FOLDER", help="also write JSON lines there")
     bench.set_defaults(run=_bench)
 
     demo = commands.add_parser("demo", help="fine-tune SmolLM2-135M in bf16 and in FP8 and compare")

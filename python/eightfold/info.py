@@ -2,6 +2,7 @@
 
 import platform
 from pathlib import Path
+from typing import Any
 
 _CPU_FLAGS = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_tile", "amx_bf16")
 _HOPPER = (9, 0)
@@ -14,25 +15,26 @@ def collect() -> dict[str, str]:
     from eightfold.cli import version
 
     facts = {"eightfold": version(), "python": platform.python_version(), "torch": torch.__version__}
+    build: dict[str, Any] = {"cuda": False}
     try:
         from eightfold.ops import _library
     except (ImportError, OSError) as error:
         facts["library"] = f"not loaded: {error}"
     else:
-        facts["library"] = str(_library.LIBRARY_PATH)
-        facts["kernels inside"] = _kernels(torch)
+        build = _library.build_info()
+        cuda = f"CUDA {build['cuda_version']}" if build["cuda"] else "no CUDA"
+        facts["library"] = f"{_library.LIBRARY_PATH} (compiler {build['compiler']}, {cuda})"
+        facts["kernels inside"] = _kernels(torch, build)
     facts["CPU"] = _cpu()
-    facts["GPU"] = _gpu(torch)
+    facts["GPU"] = _gpu(torch, build)
     return facts
 
 
-def _kernels(torch) -> str:
+def _kernels(torch, build: dict[str, Any]) -> str:
     ops = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("eightfold::")]
-    counts = {
-        key: sum(torch._C._dispatch_has_kernel_for_dispatch_key(name, key) for name in ops) for key in ("CPU", "CUDA")
-    }
-    cuda = f"{counts['CUDA']} for CUDA" if counts["CUDA"] else "none for CUDA"
-    return f"{len(ops)} ops: {counts['CPU']} for the CPU, {cuda} (sm_90a)"
+    cpu = sum(torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU") for name in ops)
+    cuda = "sm_90a" if build["cuda"] else "none"
+    return f"{len(ops)} ops; for the CPU {cpu} (matrix product: {build['cpu_gemm']}); for CUDA: {cuda}"
 
 
 def _cpu() -> str:
@@ -49,14 +51,13 @@ def _cpu() -> str:
     return f"{name}, {torch.get_num_threads()} threads{': ' if flags else ''}{' '.join(flags)}"
 
 
-def _gpu(torch) -> str:
+def _gpu(torch, build: dict[str, Any]) -> str:
     if not torch.cuda.is_available():
         return "none that torch can see: ops run on the CPU"
     major, minor = capability = torch.cuda.get_device_capability()
     memory = torch.cuda.get_device_properties(0).total_memory >> 30
     name = f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {memory} GiB)"
-    inside = torch._C._dispatch_has_kernel_for_dispatch_key("eightfold::quantize", "CUDA")
-    if capability == _HOPPER and inside:
+    if capability == _HOPPER and build["cuda"]:
         return f"{name}: kernels run there"
     why = "the build has no CUDA kernels" if capability == _HOPPER else "the kernels are for sm_90"
     return f"{name}: ops run through their torch composition, right but not fast ({why})"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eightfold.train.config import TrainConfig, parse_config
+from eightfold.train.config import ModelConfig, TrainConfig, parse_config
 from eightfold.train.data import Corpus
 from eightfold.train.loop import Result, train
 from eightfold.train.report import plot_curves, read_log
@@ -27,11 +27,10 @@ PROMPTS = ('The "with" statement is used to', "A generator expression is")
 
 def run(output: Path, steps: int | None = None) -> int:
     """Runs the demo into ``output`` and prints its table; returns an exit code."""
-    from eightfold.models import smollm2
     from eightfold.models.loading import build_decoder, load_decoder, save_decoder
 
     start = time.perf_counter()
-    source = smollm2()
+    source = ModelConfig(path="smollm2").resolved()
     text = write_text(output / "text")
     print(f"{source.name} learns {sum(p.stat().st_size for p in text.iterdir()) / 1e3:,.0f} kB of the Python language")
     print("reference, with the same data in the same order in bf16 and in FP8.\n", flush=True)

@@ -106,7 +106,7 @@ def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = 
             from eightfold.models.loading import load_decoder
 
             dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.parameters]
-            model, tokenizer = load_decoder(config.model.path, config.model.precision, dtype, world.device)
+            model, tokenizer = load_decoder(config.model.resolved(), config.model.precision, dtype, world.device)
         return _Run(config, model, tokenizer, world, name).run()
 
 
