@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD := build/native
 CXX_FILES = $(shell git ls-files -- 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: build demo test gpu-test bench wheel format lint clean
+.PHONY: build demo test gpu-test sanitize bench wheel format lint clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +28,10 @@ test: build
 
 gpu-test: build
 	$(BIN)/python -m pytest -m gpu
+
+sanitize: build
+	compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python tests/sanitize.py
+	compute-sanitizer --tool racecheck --error-exitcode 1 $(BIN)/python tests/sanitize.py
 
 bench: build
 	$(BIN)/eightfold bench

@@ -3,8 +3,9 @@
 Read: parameter, gradient, two codes and their metadata; written: parameter, two codes, metadata.
 """
 
-import eightfold.optim
 import torch
+
+import eightfold.optim
 
 from .common import Bench, Case, relative_error
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+
 from eightfold.ops import optim as ops
 from eightfold.reference import optim as reference
 from eightfold.reference.quant import dequantize, quantize

@@ -5,8 +5,9 @@ import math
 
 import pytest
 import torch
-from eightfold.optim import AdamW
 from torch import nn
+
+from eightfold.optim import AdamW
 
 E4M3 = torch.float8_e4m3fn
 

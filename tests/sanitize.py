@@ -1,0 +1,87 @@
+"""Every op once on small ragged shapes, for compute-sanitizer: `make sanitize`. Not a pytest file: it checks memory only."""
+
+import torch
+
+from eightfold import ops  # noqa: F401
+from eightfold.ops.layouts import GROUPS
+
+op = torch.ops.eightfold
+FORMATS = (torch.bfloat16, torch.float32)
+
+
+def casts(rows: int, cols: int, dtype: torch.dtype) -> None:
+    wide = torch.randn(rows, cols + 3, device="cuda", dtype=dtype)
+    for x in (wide[:, :cols].contiguous(), wide[:, 3:]):  # aligned, and a view that is not
+        for group in GROUPS:
+            codes, scales = op.quantize(x, group)
+            op.dequantize(codes, scales, group, dtype)
+        codes, scales, _, _ = op.quantize_both(x)
+        op.requantize(codes, scales)
+        op.transpose_codes(op.quantize(x, (128, 128))[0])
+
+
+def fused(rows: int, cols: int, dtype: torch.dtype) -> None:
+    x, residual, dy = (torch.randn(rows, cols, device="cuda", dtype=dtype) for _ in range(3))
+    weight = torch.rand(cols, device="cuda", dtype=dtype)
+    for training in (False, True):
+        op.rms_norm_quantize(x, weight, 1e-5, training)
+        op.add_rms_norm_quantize(x, residual, weight, 1e-5, training)
+        op.swiglu_quantize(x, residual, training)
+    _, codes, scales, rstd = op.rms_norm(x, weight, 1e-5, True)
+    op.rms_norm_backward(dy, codes, scales, rstd, weight, residual)
+    op.rms_norm_backward(dy, x, None, rstd, weight, None)
+    op.swiglu_backward_quantize(dy, *op.swiglu_quantize(x, residual, True)[2:])
+
+
+def products(m: int, n: int, k: int) -> None:
+    x, w, dy = (torch.randn(*shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (n, k), (m, n)))
+    a, b = op.quantize(x, (1, 128)), op.quantize(w, (128, 128))
+    bias = torch.randn(n, device="cuda")
+    for dtype in FORMATS:
+        op.fp8_gemm(*a, *b, 128, bias, dtype)
+    left, right = ([t.t() for t in op.quantize(t, (128, 1))] for t in (dy, x))
+    out = torch.zeros(n, k, device="cuda")
+    op.fp8_gemm_accumulate_(out, *left, *right, 1)
+
+
+def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
+    # One element past the aligned start of its storage: the scalar path.
+    params = [torch.randn(a * b + 1, device="cuda").to(dtype)[1:].view(a, b) for a, b in shapes]
+    grads = [torch.randn(p.shape, device="cuda", dtype=dtype) for p in params]
+    first, second = ([op.dre_quantize(torch.rand(s, device="cuda"), s[1]) for s in shapes] for _ in range(2))
+    op.dre_dequantize(*first[0], shapes[0][1])
+    states = [[s[i] for s in moment] for moment in (first, second) for i in range(3)]
+    steps = [torch.ones((), device="cuda") for _ in params]
+    lr, scale = torch.tensor(1e-3, device="cuda"), torch.tensor(0.5, device="cuda")
+    rows = [s[1] for s in shapes]
+    for stochastic in (False, True):
+        op.adamw_dre_(
+            params,
+            grads,
+            [torch.empty(0, device="cuda")] * len(rows),
+            *states,
+            rows,
+            [0] * len(rows),
+            steps,
+            lr,
+            scale,
+            0.9,
+            0.95,
+            1e-8,
+            0.1,
+            stochastic,
+            7,
+        )
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    for dtype in FORMATS:
+        for rows, cols in ((1, 16), (7, 272), (129, 144), (300, 1168)):
+            casts(rows, cols, dtype)
+            fused(rows, cols, dtype)
+        optimizer([(1, 1), (3, 130), (40, 128), (17, 1000)], dtype)
+    for m, n, k in ((1, 16, 16), (7, 144, 272), (64, 128, 128), (130, 272, 400), (300, 1040, 528)):
+        products(m, n, k)
+    torch.cuda.synchronize()
+    print("every op ran")
