@@ -1,8 +1,10 @@
 """Two processes on the CPU (gloo, FSDP2): same losses as one, and a checkpoint that goes from two to one and back."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -82,3 +84,23 @@ def test_a_user_error_is_said_once(settings, tmp_path):
     done = subprocess.run([*launcher, "-m", "eightfold.cli", "train", str(path)], capture_output=True, text=True)
     assert done.returncode != 0
     assert done.stderr.count("eightfold: batch_size=3 cannot be shared by 2 processes") == 1
+
+
+def test_interrupt_leaves_a_checkpoint(settings, tmp_path):
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(settings | {"steps": 100000, "checkpoint_every": 0}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "eightfold.cli", "train", str(path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not logged(settings["output"]):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=120)
+    folder = checkpoint.find(settings["output"], "latest")
+    step = checkpoint.read_state(folder)["step"]
+    assert f"eightfold: interrupted after step {step}; go on with --resume {folder}" in errors
+    go_on = settings | {"output": str(tmp_path / "more"), "resume": str(folder), "steps": step + 1}
+    assert len(train(parse_config(go_on)).losses) == 1

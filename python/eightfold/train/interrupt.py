@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from types import FrameType
 from typing import Any
 
@@ -16,7 +17,8 @@ class StopRequests:
     """While the context lasts, the first SIGINT or SIGTERM only sets a flag; a second one kills the process at once.
 
     Under torchrun a terminal's Ctrl-C reaches each process twice (from the terminal and from torchrun), so there
-    further signals change nothing; torchrun itself kills processes that do not end.
+    further signals change nothing; torchrun itself kills processes that do not end. Outside the main thread Python
+    gives no signals, and nothing is caught.
     """
 
     def __init__(self, world: World) -> None:
@@ -25,7 +27,8 @@ class StopRequests:
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopRequests":
-        for number in (signal.SIGINT, signal.SIGTERM):
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGINT, signal.SIGTERM) if in_main_thread else ():
             self._previous[number] = signal.signal(number, self._first)
         return self
 

@@ -1,8 +1,10 @@
 """The training loop: one function, ``train(config)``, for one process or for many under torchrun."""
 
+import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,8 +101,7 @@ def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = 
 
     Raises ValueError or OSError with one line for what a user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
-    with distributed.start(config.device) as world:
-        _set_determinism(config)
+    with distributed.start(config.device) as world, _determinism(config):
         torch.manual_seed(config.seed)
         if model is None:
             from eightfold.models.loading import load_decoder
@@ -110,12 +111,20 @@ def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = 
         return _Run(config, model, tokenizer, world, name).run()
 
 
-def _set_determinism(config: TrainConfig) -> None:
-    if not config.deterministic:
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks of a deterministic caller
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+@contextlib.contextmanager
+def _determinism(config: TrainConfig) -> Iterator[None]:
+    """torch's deterministic kernels, if asked for; its own setting comes back afterwards."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks of a deterministic caller
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
 
 
 class _Run:
