@@ -80,8 +80,9 @@ def _cuda_peers(x, w, a, b) -> dict:
     m, k = x.shape
     n = w.shape[0]
     recipe = torch.nn.functional.ScalingType
-    blocks = torch.empty_strided((ceil_div(k, 128), n // 128), (1, 4 * ceil_div(ceil_div(k, 128), 4)), device=x.device)
-    blocks.copy_(b[1].t()[:, : n // 128])
+    groups = 4 * ceil_div(ceil_div(k, 128), 4)  # cuBLASLt wants the groups of K padded to 4
+    blocks = torch.zeros(n // 128, groups, device=x.device).t()
+    blocks[: b[1].shape[1]].copy_(b[1].t())
     peers["cuBLASLt 1x128 x 128x128"] = _bind(
         lambda: torch.nn.functional.scaled_mm(
             a[0], b[0].t(), a[1], recipe.BlockWise1x128, blocks, recipe.BlockWise128x128, output_dtype=torch.bfloat16
