@@ -122,7 +122,7 @@ class Bench:
 
     @staticmethod
     def _row(line: Line) -> str:
-        rate = f"{line.tflops:8.1f} TFLOP/s" if line.tflops else f"{line.gbps:8.0f} GB/s   "
+        rate = flop_rate(line.tflops) if line.tflops else f"{line.gbps:8.0f} GB/s   "
         peer = f"{line.ratio_to_peer:5.2f}x {line.peer}" if line.peer else "    - no peer"
         return (
             f"{line.op:28s} {line.shape:26s} {line.us:10.1f} us {rate} {100 * line.share_of_ceiling:5.0f} % of ceiling"
@@ -139,7 +139,9 @@ class Bench:
             "copy_gbps": self.copy_gbps,
             "fp8_matmul_tflops" if self.device.type == "cuda" else "fp32_matmul_tflops": self.matmul_tflops,
         }
-        print(f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, largest matmul {self.matmul_tflops:.1f} TFLOP/s")
+        print(
+            f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, largest matmul {flop_rate(self.matmul_tflops).strip()}"
+        )
         if results is None:
             return
         path = results / name.lower().replace(" ", "-") / f"{family}.jsonl"
@@ -148,6 +150,10 @@ class Bench:
             for record in ({"machine": machine}, *({"line": asdict(line)} for line in self.lines)):
                 out.write(json.dumps(record) + "\n")
         print(f"written: {path}")
+
+
+def flop_rate(tflops: float) -> str:
+    return f"{tflops:8.1f} TFLOP/s" if tflops >= 10 else f"{1e3 * tflops:8.1f} GFLOP/s"
 
 
 def _commit() -> str | None:

@@ -1,4 +1,4 @@
-"""Every op once on small ragged shapes, for compute-sanitizer: `make sanitize`. Not a pytest file: it checks memory only."""
+"""Every op once on small ragged shapes, for compute-sanitizer: `make sanitize`. It checks memory only, no numbers."""
 
 import torch
 
