@@ -4,26 +4,42 @@ Low-level ops (`quantize`, `fp8_gemm`, ...), drop-in layers (`eightfold.nn`), an
 (`eightfold.optim`), models and training loops built on them. `eightfold.reference` defines every op in plain torch.
 """
 
-# ops before reference: loading the library looks the references up where it has no kernels of its own.
+import importlib
+
+from eightfold import ops, reference
 from eightfold.ops import (
     QuantizedTensor,
     build_info,
     fp8_gemm,
+    fp8_gemm_accumulate_,
     quantize,
     quantize_both,
     requantize,
 )
-
-# isort: split
-from eightfold import reference
 
 __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "build_info",
     "fp8_gemm",
+    "fp8_gemm_accumulate_",
+    "nn",
+    "ops",
+    "optim",
     "quantize",
     "quantize_both",
     "reference",
     "requantize",
 ]
+
+_SUBPACKAGES = ("generate", "models", "nn", "optim", "train")  # imported at first use: a script of ops starts sooner
+
+
+def __getattr__(name: str):
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"eightfold.{name}")
+    raise AttributeError(f"module 'eightfold' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_SUBPACKAGES])
