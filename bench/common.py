@@ -139,9 +139,7 @@ class Bench:
             "copy_gbps": self.copy_gbps,
             "fp8_matmul_tflops" if self.device.type == "cuda" else "fp32_matmul_tflops": self.matmul_tflops,
         }
-        print(
-            f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, largest matmul {flop_rate(self.matmul_tflops).strip()}"
-        )
+        print(f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, matmul {flop_rate(self.matmul_tflops).strip()}")
         if results is None:
             return
         path = results / name.lower().replace(" ", "-") / f"{family}.jsonl"
