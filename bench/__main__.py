@@ -13,6 +13,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("families", nargs="*", help=f"which ({', '.join(FAMILIES)}); default: all")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     parser.add_argument("--results", type=Path, help="also write JSON lines under this folder")
+    parser.add_argument("--commit", help="what the results are of, where there is no git checkout")
     options = parser.parse_args(arguments)
     unknown = set(options.families) - set(FAMILIES)
     if unknown:
@@ -20,7 +21,7 @@ def main(arguments: list[str] | None = None) -> None:
     for family in options.families or FAMILIES:
         bench = Bench(options.device)
         importlib.import_module(f"{__package__}.{family}").run(bench)
-        bench.report(family, options.results)
+        bench.report(family, options.results, options.commit)
 
 
 if __name__ == "__main__":

@@ -129,13 +129,13 @@ class Bench:
             f"  {peer:28s} error {line.error:.1e}"
         )
 
-    def report(self, family: str, results: Path | None) -> None:
-        """Prints the ceilings and appends this run to ``results``/<device>/<family>.jsonl when asked."""
+    def report(self, family: str, results: Path | None, commit: str | None = None) -> None:
+        """Prints the ceilings and, where ``results`` is given, writes results/<device>/<family>.jsonl."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         machine = {
             "device": name,
             "torch": torch.__version__,
-            "commit": _commit(),
+            "commit": commit or _commit(),
             "copy_gbps": self.copy_gbps,
             "fp8_matmul_tflops" if self.device.type == "cuda" else "fp32_matmul_tflops": self.matmul_tflops,
         }
