@@ -134,7 +134,7 @@ def print_table(figures: dict[str, Any]) -> None:
     from rich.table import Table
 
     rows = figures["runs"]
-    table = Table(title=f"Fine-tuning {figures['model']} ({rows['bf16']['tokens']:,} tokens each)")
+    table = Table(title=f"SmolLM2-135M-Instruct, {rows['bf16']['tokens']:,} tokens each")
     table.add_column("")
     for precision in PRECISIONS:
         table.add_column(precision, justify="right")
