@@ -133,15 +133,29 @@ def test_non_finite_groups_stay_visible(device, bad):
     assert torch.equal(ops.dre_dequantize(codes, maxima, exponents).isnan(), expected)
 
 
-def test_exponent_is_the_largest_that_fits(device):
-    """k in sixteenths, rounded down: (M / m)^k <= 100,352 < (M / m)^(k + 1/16), unless k is at a limit."""
+def test_exponent_puts_the_smallest_element_next_to_code_3(device):
+    """k is the sixteenth nearest to log2(B) / log2(M / m), or the one below it where (M / m)^k would exceed 1.5 B."""
     ratio = torch.cat([1 + torch.logspace(-6, 0, 500), torch.logspace(0.31, 37, 3000)]).double()
     x = torch.stack([torch.ones(3500), (1 / ratio).float()], 1)
     ratio = (x[:, 0].double() / x[:, 1].double()).log2()
     k = ops.dre_quantize(x.to(device))[2].cpu()[:, 0].double().add(1) / 16
-    bound = reference.BOUND_LOG2
-    assert (k * ratio <= bound * (1 + 1e-6)).all()
-    assert (((k + 1 / 16) * ratio > bound * (1 - 1e-6)) | (k == 16)).all()
+    wanted = reference.BOUND_LOG2 / ratio
+    assert (k * ratio <= reference.TOP_LOG2 * (1 + 1e-6)).all()
+    assert (k - wanted <= 1 / 32 * (1 + 1e-4)).all()
+    below = (k + 1 / 16) * ratio > reference.TOP_LOG2 * (1 - 1e-6)
+    assert ((wanted - k <= 1 / 32 * (1 + 1e-4)) | (k == 16) | below).all()
+    assert (k[ratio < 1] == 16).all()
+    assert (k[ratio > 110] < 0.2).all()
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.3, 0.6])
+def test_storing_again_changes_nothing(device, spread):
+    """k comes out the same from the decoded group, so that states without news do not drift."""
+    once = stored(torch.exp(spread * torch.randn(500, 128)).to(device))
+    again = once
+    for _ in range(10):
+        again = stored(again)
+    torch.testing.assert_close(again, once, rtol=1e-5, atol=0)
 
 
 def test_state_bytes():
