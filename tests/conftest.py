@@ -1,5 +1,9 @@
 """Shared fixtures. `device` runs a test on the CPU and, marked `gpu`, on CUDA; fresh memory is poisoned with NaN."""
 
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that spin cost 20 ms an operation on a busy machine
+
 import pytest
 import torch
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from eightfold.reference.quant import E4M3_MAX, to_e4m3
 
 GROUP = 128
-BOUND_LOG2 = 16.614709844115207  # log2(448^2 / 2)
+BOUND_LOG2 = 16.222392421336448  # log2(448 / (3 2^-9))
+TOP_LOG2 = 16.807354922057604  # log2(448 / (2 2^-9))
 TINY = 2.0**-9  # smallest positive E4M3 value
 SMALLEST = 2.0**-149  # smallest positive float32
 
@@ -30,8 +31,8 @@ def _from_groups(groups: Tensor, row_length: int, shape: torch.Size) -> Tensor:
 def range_exponents(maximum: Tensor, minimum: Tensor) -> Tensor:
     """16 k - 1 (uint8) of groups with these largest and smallest non-zero magnitudes; 255 (k = 16) where they are 0.
 
-    k = floor(16 log2(100352) / log2(maximum / minimum)) / 16 in [1/16, 16]; float32 without fused multiply-add, so that
-    every implementation gets the same integer.
+    k = log2(76458.7) / log2(maximum / minimum) to the nearest 1/16 with (maximum / minimum)^k <= 114688,
+    in [1/16, 16]; float32 without fused multiply-add, so that every implementation gets the same integer.
     """
     some = maximum > 0
     (top, top_exponent), (low, low_exponent) = (
@@ -44,7 +45,9 @@ def range_exponents(maximum: Tensor, minimum: Tensor) -> Tensor:
     for term in (1 / 9, 1 / 7, 1 / 5, 1 / 3, 1.0):
         series = series * z + term
     log2_range = (top_exponent - low_exponent).float() + series * s * (2 / math.log(2))
-    k16 = (torch.full_like(z, 16 * BOUND_LOG2) / log2_range.clamp(min=1)).floor().clamp(1, 256)
+    log2_range = log2_range.clamp(min=1)
+    nearest, highest = (torch.full_like(z, 16 * bound) / log2_range for bound in (BOUND_LOG2, TOP_LOG2))
+    k16 = torch.minimum(nearest + 0.5, highest).floor().clamp(1, 256)
     return torch.where(some, k16 - 1, 255).to(torch.uint8)
 
 
