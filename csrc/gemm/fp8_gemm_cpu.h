@@ -5,8 +5,8 @@
 // then on the product runs at the machine's fp32 rate.
 //
 //   m <= kRowBlock  one parallel region over column panels; a thread packs a panel of b (it stays in L1) and uses it at once.
-//   else            for chunks of columns and of k: pack b once, shared (L3); then threads take (row block, panel) pairs, pack
-//                   their rows of a (L2) and run the micro-kernel over the panels.
+//   else            for chunks of columns and of k: pack b once (L3), shared by the threads unless b is wide; then take (row block,
+//                   panel) pairs, pack their rows of a (L2) and run the micro-kernel over the panels.
 //
 // Every element sees the same operations in either: inside a block of 128, one chain of fused multiply-adds in the order of k,
 // from zero; then acc = fma(partial, a_scale * b_scale, acc), block after block. Tiles, threads and m only decide where.
@@ -36,6 +36,7 @@ constexpr int64_t kRowChunk = 2048;         // rows per pass
 constexpr int64_t kColumnChunk = 2048;      // columns per pass, at most
 constexpr int64_t kDepthChunk = 16;         // blocks of k per pass
 constexpr int64_t kSharedFloats = 1 << 21;  // in the packed b of a pass, and in its sums: 8 MiB each
+constexpr int64_t kWide = 4096;             // columns from which threads do not share
 constexpr int64_t kSerialCodes = 1 << 14;   // codes of b that are not worth a second thread
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -305,26 +306,28 @@ struct Fp8GemmCpu {
     });
   }
 
-  static void multiply_many_rows(const Fp8GemmArgs& args) {
-    int64_t all_panels = ceil_div(args.n, kNr);
+  // All rows times column panels [begin, end). `loop(n, body)` covers [0, n) with calls of body(begin, end), threaded or not;
+  // `floats` bounds the packed b, and the sums, of a pass.
+  template <class Loop>
+  static void multiply_panels(const Fp8GemmArgs& args, int64_t begin, int64_t end, int64_t floats, const Loop& loop) {
     int64_t all_blocks = ceil_div(args.k, kBlock);
     int64_t row_blocks = ceil_div(args.m, Isa::kRowBlock);
     int64_t most_blocks = ceil_div(all_blocks, ceil_div(all_blocks, kDepthChunk));
-    int64_t chunk = smaller(kColumnChunk, kSharedFloats / larger(args.m, most_blocks * kBlock)) / kNr;
-    int64_t most_panels = ceil_div(all_panels, ceil_div(all_panels, chunk));
-    float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * most_blocks * kPanelBlock);
+    int64_t chunk = smaller(kColumnChunk, floats / larger(args.m, most_blocks * kBlock)) / kNr;
+    int64_t most_panels = ceil_div(end - begin, ceil_div(end - begin, chunk));
     bool one_pass = all_blocks <= Isa::kDepth;
+    float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * most_blocks * kPanelBlock);
     float* workspace = one_pass ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
-    for (int64_t panel = 0; panel < all_panels; panel += most_panels) {
-      int64_t panels = smaller(most_panels, all_panels - panel);
+    for (int64_t panel = begin; panel < end; panel += most_panels) {
+      int64_t panels = smaller(most_panels, end - panel);
       for (int64_t block = 0; block < all_blocks; block += most_blocks) {
         int64_t blocks = smaller(most_blocks, all_blocks - block);
-        parallel_for(panels, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t p = begin; p < end; ++p) pack_b(args, panel + p, block, blocks, packed_b + p * blocks * kPanelBlock);
+        loop(panels, [&](int64_t first, int64_t last) {
+          for (int64_t p = first; p < last; ++p) pack_b(args, panel + p, block, blocks, packed_b + p * blocks * kPanelBlock);
         });
-        parallel_for(row_blocks * panels, 1, [&](int64_t begin, int64_t end) {
-          for (int64_t at = begin; at < end;) {
-            int64_t row_block = at / panels, first = at % panels, last = smaller(panels, first + end - at);
+        loop(row_blocks * panels, [&](int64_t at, int64_t stop) {
+          while (at < stop) {
+            int64_t row_block = at / panels, first = at % panels, last = smaller(panels, first + stop - at);
             int64_t row = panel_row(row_block, row_blocks, args.m), row_end = panel_row(row_block + 1, row_blocks, args.m);
             Sums sums{one_pass ? nullptr : workspace + (first * args.m + row) * kNr, args.m * kNr};
             Piece piece{row, row_end, panel + first, panel + last, block, block + blocks};
@@ -333,6 +336,18 @@ struct Fp8GemmCpu {
           }
         });
       }
+    }
+  }
+
+  static void multiply_many_rows(const Fp8GemmArgs& args) {
+    int64_t panels = ceil_div(args.n, kNr);
+    auto threaded = [](int64_t n, const auto& body) { parallel_for(n, 1, body); };
+    auto serial = [](int64_t n, const auto& body) { body(0, n); };
+    // Wide enough for every thread to keep its own packed b: one parallel region, nobody waits for a pass of another.
+    if (args.n >= kWide) {
+      parallel_for(panels, 1, [&](int64_t begin, int64_t end) { multiply_panels(args, begin, end, kSharedFloats / 2, serial); });
+    } else {
+      multiply_panels(args, 0, panels, kSharedFloats, threaded);
     }
   }
 
