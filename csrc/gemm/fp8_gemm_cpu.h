@@ -17,6 +17,7 @@
 
 #include <cstring>
 
+#include "core/compiler_fence.h"
 #include "core/fp8.h"
 #include "core/threads.h"
 #include "gemm/fp8_gemm.h"
@@ -158,7 +159,7 @@ struct Fp8GemmCpu {
       do {
 #pragma GCC unroll 16
         for (int s = 0; s < kUnroll; ++s) {
-          asm volatile("" ::: "memory");  // keeps the next step's loads where they are: hoisted, they would spill accumulators
+          EF_COMPILER_FENCE();  // keeps the next step's loads where they are: hoisted, they would spill accumulators
           Vec column[kV];
 #pragma GCC unroll 8
           for (int v = 0; v < kV; ++v)

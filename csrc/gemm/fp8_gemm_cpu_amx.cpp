@@ -193,7 +193,7 @@ void multiply(const Panel* a, const Panel* b, int64_t depth, bool first, Sums* s
   constexpr int kRows = kRowTiles * kTile;
   Sums partial;
   int64_t blocks = ceil_div(depth, kBlock);
-  asm volatile("" ::: "memory");  // tile loads do not tell the compiler what they read: let it finish packing
+  EF_COMPILER_FENCE();  // tile loads do not tell the compiler what they read: let it finish packing
   for (int64_t g = 0; g < blocks; ++g) {
     _tile_zero(0);
     _tile_zero(1);

@@ -23,7 +23,7 @@ class ModelConfig(_Section):
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the parameters are kept")
 
     def resolved(self) -> Path:
-        """``path``; of a training run's folder its latest checkpoint; of ``smollm2`` the packaged file (fetched once)."""
+        """``path``; of a run's folder its latest checkpoint; of ``smollm2`` the packaged file (fetched once)."""
         if self.path != "smollm2" or Path(self.path).exists():
             from eightfold.train import checkpoint
 
