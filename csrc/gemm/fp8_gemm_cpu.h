@@ -212,29 +212,37 @@ struct Fp8GemmCpu {
       for (int64_t line = 0; line < kNr * bytes; line += 64) __builtin_prefetch(at + line, 1);
   }
 
+  // `columns` is a constant in the calls that matter: the compiler then writes whole vectors.
+  template <bool kAccumulate, class Out>
+  static EF_HD void write_rows(Out* __restrict out, int64_t ld, const float* __restrict c, const float* bias, int rows, int columns) {
+    for (int r = 0; r < rows; ++r, c += kNr, out += ld)
+      for (int j = 0; j < columns; ++j) {
+        if constexpr (sizeof(Out) == 2) {
+          out[j] = float_to_bf16(c[j] + bias[j]);
+        } else {
+          out[j] = kAccumulate ? out[j] + c[j] : c[j] + bias[j];
+        }
+      }
+  }
+  template <bool kAccumulate, class Out>
+  static void write_panel(Out* out, int64_t ld, const float* c, const float* bias, int rows, int columns) {
+    if (columns == kNr) return write_rows<kAccumulate>(out, ld, c, bias, rows, kNr);
+    write_rows<kAccumulate>(out, ld, c, bias, rows, columns);
+  }
+
   // The sums of `rows` rows of a column panel, to the caller's matrix.
   static void finish(const Fp8GemmArgs& args, const float* c, int64_t row, int rows, int64_t panel) {
-    int64_t column = panel * kNr;
+    int64_t column = panel * kNr, at = row * args.ldo + column;
     int columns = static_cast<int>(smaller(kNr, args.n - column));
-    float bias[kNr] = {};
+    alignas(64) float bias[kNr] = {};
     if (args.bias && args.bias_type == DType::f32)
       for (int j = 0; j < columns; ++j) bias[j] = static_cast<const float*>(args.bias)[column + j];
     if (args.bias && args.bias_type == DType::bf16)
       for (int j = 0; j < columns; ++j) bias[j] = bf16_to_float(static_cast<const uint16_t*>(args.bias)[column + j]);
-    auto write = [&](auto* out, int count) {
-      for (int r = 0; r < rows; ++r, c += kNr, out += args.ldo)
-        for (int j = 0; j < count; ++j) write_sum(out + j, c[j] + bias[j], args.accumulate);
-    };
-    int64_t at = row * args.ldo + column;
-    auto write_all = [&](auto* out) { columns == kNr ? write(out + at, kNr) : write(out + at, columns); };
-    if (args.out_type == DType::bf16) {
-      write_all(static_cast<uint16_t*>(args.out));
-    } else {
-      write_all(static_cast<float*>(args.out));
-    }
+    float* out = static_cast<float*>(args.out) + at;
+    if (args.out_type == DType::bf16) return write_panel<false>(static_cast<uint16_t*>(args.out) + at, args.ldo, c, bias, rows, columns);
+    args.accumulate ? write_panel<true>(out, args.ldo, c, bias, rows, columns) : write_panel<false>(out, args.ldo, c, bias, rows, columns);
   }
-  static EF_HD void write_sum(float* out, float sum, bool accumulate) { *out = accumulate ? *out + sum : sum; }
-  static EF_HD void write_sum(uint16_t* out, float sum, bool) { *out = float_to_bf16(sum); }
 
   // --- blocking ---
 

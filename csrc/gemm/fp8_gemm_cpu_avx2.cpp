@@ -9,7 +9,7 @@ namespace {
 struct Avx2 {
   using Vec = __m256;
   static constexpr int kLanes = 8, kVecs = 2, kMr = 6, kCodes = 1;
-  static constexpr int64_t kDepth = 3, kRowBlock = 128;
+  static constexpr int64_t kDepth = 2, kRowBlock = 172;
 
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec load(const float* p) { return _mm256_loadu_ps(p); }
