@@ -20,7 +20,7 @@ def moments(sigma, device):
 
 @pytest.mark.parametrize("sigma", [0.3, 1.0, 2.0])
 def test_error_of_the_update_direction(device, sigma):
-    """Issue 2: relative MSE of m / sqrt(v) at least 1.6 times below plain per-group E4M3; no positive v stored as 0."""
+    """Relative MSE of m / sqrt(v) at least 1.6 times below plain per-group E4M3; no positive v stored as 0."""
     m, v = moments(sigma, device)
 
     def mse(m_stored, v_stored):
