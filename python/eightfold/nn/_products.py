@@ -128,7 +128,7 @@ def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype)
 # result: a byte for every parameter. Inside an op of its own it stays with the gradient that it needs.
 
 
-@torch.library.custom_op("eightfold::linear_input_gradient", mutates_args=())
+@torch.library.custom_op("eightfold_nn::linear_input_gradient", mutates_args=())
 def _compiled_input_gradient(
     codes: Sequence[Tensor], scales: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
@@ -140,7 +140,7 @@ def _(codes, scales, weights, dtype):
     return weights[0].new_empty(codes[0].shape[0], weights[0].shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("eightfold::linear_weight_gradient", mutates_args=())
+@torch.library.custom_op("eightfold_nn::linear_weight_gradient", mutates_args=())
 def _compiled_weight_gradient(dy_codes: Tensor, dy_scales: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return weight_gradient_of_input((dy_codes, dy_scales), x, dtype)
 
