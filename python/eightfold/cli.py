@@ -31,6 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(" ".join(str(error).split()) or type(error).__name__, USER_ERROR)
 
 
+def script() -> int:
+    """The console script: ``main``, and for torchrun's processes an end without teardown."""
+    code = main()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # The process group's threads may want the interpreter while it is being torn down, and then abort the process.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
 def _fail(message: str, code: int) -> int:
     if os.environ.get("RANK", "0") == "0":
         print(f"eightfold: {message}", file=sys.stderr)
@@ -179,4 +190,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(script())
