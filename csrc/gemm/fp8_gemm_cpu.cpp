@@ -4,7 +4,8 @@
 #include <cstdlib>
 #include <memory>
 #include <new>
-#if defined(__x86_64__)
+#if defined(__linux__)
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,6 +17,7 @@ void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args);
 void fp8_gemm_cpu_amx(const Fp8GemmArgs& args);
 
 float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats) {
+  constexpr int64_t kHugePage = 2 << 20;  // the shared buffers are walked with strides that miss small pages' translations
   struct Free {
     void operator()(float* p) const { std::free(p); }
   };
@@ -28,9 +30,13 @@ float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats) {
   if (buffer.floats < floats) {
     buffer.memory.reset();
     buffer.floats = 0;
-    int64_t bytes = ceil_div(floats * 4, 4096) * 4096;
-    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(4096, bytes)));
+    int64_t page = floats * 4 < kHugePage / 2 ? 4096 : kHugePage;
+    int64_t bytes = round_up(floats * 4, page);
+    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(page, bytes)));
     if (!buffer.memory) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page == kHugePage) madvise(buffer.memory.get(), bytes, MADV_HUGEPAGE);
+#endif
     buffer.floats = bytes / 4;
   }
   return buffer.memory.get();
@@ -41,23 +47,27 @@ namespace {
 // Four lanes, which every 64-bit processor has; products and sums are rounded separately.
 struct Portable {
   typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
-  static constexpr int kLanes = 4, kVecs = 4, kMr = 2, kCodes = 1;
-  static constexpr int64_t kDepth = 2, kRowBlock = 64;
+  static constexpr int kLanes = 4, kVecs = 4, kMr = 2;
+  static constexpr int64_t kDepth = 4, kRowBlock = 64;
+  static constexpr float kUnit = 1.0f;
 
   static Vec zero() { return Vec{}; }
   static Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
   static void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
   static Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
-  static Vec multiply(Vec a, Vec b) { return a * b; }
+  static Vec add(Vec a, Vec b) { return a + b; }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
-  static Vec dot_step(Vec a, Vec b, Vec c) { return a * b + c; }
 
-  static void decode(const uint8_t* codes, int64_t ld, int rows, float* dst, int stride) {
+  static void decode(const uint8_t* codes, int64_t ld, int rows, const float* scales, float* dst, int stride) {
     for (int r = 0; r < rows; ++r)
-      for (int k = 0; k < kStage; ++k) dst[k * stride + r] = e4m3_to_float(codes[r * ld + k]);
+      for (int k = 0; k < kStage; ++k) dst[k * stride + r] = e4m3_to_float(codes[r * ld + k]) * scales[r];
   }
-  static void decode_a(const uint8_t* codes, int64_t ld, int rows, float* dst) { decode(codes, ld, rows, dst, rows); }
-  static void decode_b(const uint8_t* codes, int64_t ld, int columns, float* dst) { decode(codes, ld, columns, dst, kLanes * kVecs); }
+  static void decode_a(const uint8_t* codes, int64_t ld, int rows, const float* scales, float* dst) {
+    decode(codes, ld, rows, scales, dst, rows);
+  }
+  static void decode_b(const uint8_t* codes, int64_t ld, int columns, const float* scales, float* dst) {
+    decode(codes, ld, columns, scales, dst, kLanes * kVecs);
+  }
 };
 
 void fp8_gemm_cpu_portable(const Fp8GemmArgs& args) { Fp8GemmCpu<Portable>::run(args); }

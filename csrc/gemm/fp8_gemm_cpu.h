@@ -1,15 +1,15 @@
 // The blocked CPU product behind fp8_gemm_cpu, written once over an instruction set `Isa` (fp8_gemm_cpu_*.cpp).
 //
-// Codes are decoded while they are packed: b into panels of kNr columns, a into panels of up to kMr rows, both ordered by k, so
-// that the micro-kernel reads two forward streams. Decoding costs about one instruction a code and pays off after a few rows; from
-// then on the product runs at the machine's fp32 rate.
+// Codes are dequantised while they are packed: b into panels of kNr columns, a into panels of up to kMr rows, both ordered by k, so
+// that the micro-kernel reads two forward streams and is that of a plain fp32 product. Packing costs about one instruction a code
+// and pays off after a few rows; from then on the product runs at the machine's fp32 rate.
 //
 //   m <= kRowBlock  one parallel region over column panels; a thread packs a panel of b (it stays in L1) and uses it at once.
 //   else            for chunks of columns and of k: pack b once (L3), shared by the threads unless b is wide; then take (row block,
 //                   panel) pairs, pack their rows of a (L2) and run the micro-kernel over the panels.
 //
-// Every element sees the same operations in either: inside a block of 128, one chain of fused multiply-adds in the order of k,
-// from zero; then acc = fma(partial, a_scale * b_scale, acc), block after block. Tiles, threads and m only decide where.
+// Every element sees the same operations in either: inside kDepth stages of k, one chain of fused multiply-adds in the order of k,
+// from zero; then the chains' sums are added, one after the other. Tiles, threads and m only decide where.
 //
 // Everything is in an unnamed namespace: these functions are compiled for several instruction sets, and the linker must not
 // merge them.
@@ -32,36 +32,34 @@ namespace {
 
 constexpr int kUnroll = 4;                  // steps of the micro-kernel's loop
 constexpr int64_t kBlock = 128;             // of k, per scale
-constexpr int kStage = 64;                  // codes of a row that are copied at once: a cache line
+constexpr int64_t kStage = 64;              // of k, packed at once: a cache line of codes
 constexpr int64_t kRowChunk = 2048;         // rows per pass
 constexpr int64_t kColumnChunk = 2048;      // columns per pass, at most
-constexpr int64_t kDepthChunk = 16;         // blocks of k per pass
+constexpr int64_t kDepthChunk = 16;         // blocks of k per pass, about
 constexpr int64_t kSharedFloats = 1 << 21;  // in the packed b of a pass, and in its sums: 8 MiB each
 constexpr int64_t kWide = 4096;             // columns from which threads do not share
-constexpr int64_t kSerialCodes = 1 << 14;   // codes of b that are not worth a second thread
+constexpr int64_t kSerialSteps = 1 << 18;   // multiply-adds that are not worth a second thread; decoding a code counts as 16
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Isa: Vec; kLanes; kVecs (vectors in a column panel); kMr; kCodes (consecutive k in one 32-bit step); kDepth (blocks of k per
-// packed block of a); kRowBlock; zero, load, store, broadcast, multiply, multiply_add, dot_step; decode_a(codes, ld, rows, dst) and
-// decode_b(codes, ld, columns <= 16, dst): kStage codes of each row to steps (values times factors whose product is one).
+// Isa: Vec; kLanes; kVecs (vectors in a column panel); kMr; kDepth (stages of k in a packed panel of a, and in a chain); kRowBlock;
+// zero, load, store, broadcast, add, multiply_add; decode_a(codes, ld, rows, scales, dst) and decode_b(codes, ld, columns <= 16,
+// scales, dst): kStage codes of each row to steps, times the row's scale and 1 / kUnit.
 template <class Isa>
 struct Fp8GemmCpu {
   using Vec = typename Isa::Vec;
   static constexpr int kMr = Isa::kMr;
   static constexpr int kNr = Isa::kLanes * Isa::kVecs;
-  static constexpr int kSteps = static_cast<int>(kBlock) / Isa::kCodes;  // 32-bit steps in a block of k
-  static constexpr int64_t kPanelBlock = int64_t{kNr} * (kSteps + 1);    // a block of a packed panel of b: scales, then steps
-  static constexpr int kStepsPerStage = kStage / Isa::kCodes;
+  static constexpr int64_t kPanelStage = kNr * kStage;  // floats of a packed panel of b in a stage of k
 
-  // Rows [row_begin, row_end) times column panels [panel_begin, panel_end), over blocks [block_begin, block_end) of k.
+  // Rows [row_begin, row_end) times column panels [panel_begin, panel_end), over stages [begin, end) of k.
   struct Piece {
-    int64_t row_begin, row_end, panel_begin, panel_end, block_begin, block_end;
+    int64_t row_begin, row_end, panel_begin, panel_end, begin, end;
   };
-  // fp32 sums between blocks of k: row r of panel p at base + p * panel_stride + r * kNr. Not in `out`, whose rows are often a
+  // fp32 sums between chains: row r of panel p at base + p * panel_stride + r * kNr. Not in `out`, whose rows are often a
   // multiple of 4096 bytes apart: a tile of such rows costs the micro-kernel 4 %.
   struct Sums {
     float* base;
@@ -88,51 +86,52 @@ struct Fp8GemmCpu {
     }
   };
 
-  // Rows [row, row + rows) of a, `blocks` blocks of k from `block`: step s of row r at dst[s * rows + r]. Writes up to 16 floats
-  // past the last step of the last block.
-  static __attribute__((noinline)) void pack_a(const Fp8GemmArgs& args, int64_t row, int rows, int64_t block, int64_t blocks, float* dst) {
-    int64_t end = smaller(args.k, (block + blocks) * kBlock);
-    for (int64_t k = block * kBlock; k < end; k += kStage, dst += kStepsPerStage * rows) {
-      Stage stage(args.a + row * args.lda + k, args.lda, rows, end - k);
-      Isa::decode_a(stage.codes, stage.ld, rows, dst);
+  // Rows [row, row + rows) of a, stages [begin, end) of k: k of row r at dst[k * rows + r]. Writes up to 16 floats past the last.
+  static __attribute__((noinline)) void pack_a(const Fp8GemmArgs& args, int64_t row, int rows, int64_t begin, int64_t end, float* dst) {
+    alignas(64) float scales[16] = {};
+    for (int64_t k = begin * kStage; k < end * kStage; k += kStage, dst += kStage * rows) {
+      for (int r = 0; r < rows; ++r) scales[r] = Isa::kUnit * args.a_scales[row + r + k / kBlock * args.ld_a_scales];
+      Stage stage(args.a + row * args.lda + k, args.lda, rows, args.k - k);
+      Isa::decode_a(stage.codes, stage.ld, rows, scales, dst);
     }
   }
 
-  // A column panel of b, `blocks` blocks of k from `block`: for each block its kNr scales, then step s of column j at [s * kNr + j].
-  // Columns past the last repeat one that exists; their products are dropped.
-  static __attribute__((noinline)) void pack_b(const Fp8GemmArgs& args, int64_t panel, int64_t block, int64_t blocks, float* dst) {
+  // A column panel of b, stages [begin, end) of k: k of column j at dst[k * kNr + j]. Columns past the last repeat one that exists;
+  // their products are dropped.
+  static __attribute__((noinline)) void pack_b(const Fp8GemmArgs& args, int64_t panel, int64_t begin, int64_t end, float* dst) {
+    alignas(64) float scales[kNr];
     int64_t column = panel * kNr;
-    for (int64_t g = block; g < block + blocks; ++g, dst += kPanelBlock) {
+    for (int64_t k = begin * kStage; k < end * kStage; k += kStage, dst += kPanelStage) {
+      int64_t g = k / kBlock;
       for (int j = 0; j < kNr; ++j) {
         int64_t at = smaller(column + j, args.n - 1);
-        dst[j] = args.b_group_rows == 1 ? args.b_scales[at + g * args.ld_b_scales] : args.b_scales[at / kBlock * args.ld_b_scales + g];
+        scales[j] = Isa::kUnit *
+                    (args.b_group_rows == 1 ? args.b_scales[at + g * args.ld_b_scales] : args.b_scales[at / kBlock * args.ld_b_scales + g]);
       }
-      int64_t end = smaller(args.k, (g + 1) * kBlock);
-      float* step = dst + kNr;
-      for (int64_t k = g * kBlock; k < end; k += kStage, step += kStepsPerStage * kNr)
-        for (int j = 0; j < kNr; j += 16) {
-          int64_t first = smaller(column + j, args.n - 1);
-          int columns = static_cast<int>(smaller(16, args.n - first));
-          const uint8_t* codes = args.b + first * args.ldb + k;
-          for (int r = 0; r < 16; ++r) __builtin_prefetch(codes + (kNr + r) * args.ldb);  // the next panel's, out of memory
-          Stage stage(codes, args.ldb, columns, end - k);
-          Isa::decode_b(stage.codes, stage.ld, columns, step + j);
-        }
+      for (int j = 0; j < kNr; j += 16) {
+        int64_t first = smaller(column + j, args.n - 1);
+        int columns = static_cast<int>(smaller(16, args.n - first));
+        const uint8_t* codes = args.b + first * args.ldb + k;
+        for (int r = 0; r < 16; ++r) __builtin_prefetch(codes + (kNr + r) * args.ldb);  // the next panel's, out of memory
+        Stage stage(codes, args.ldb, columns, args.k - k);
+        Isa::decode_b(stage.codes, stage.ld, columns, scales + j, dst + j);
+      }
     }
   }
 
   // --- the micro-kernel: kRows rows times kPanels column panels, `depth` of k ---
 
   struct Tile {
-    const float* a;         // packed, kRows a step
-    const float* a_scales;  // of the first row and block
-    int64_t ld_a_scales;
-    const float* b;        // packed, the first block of the first panel
+    const float* a;        // packed, kRows a step
+    const float* b;        // packed, the first panel
     int64_t panel_stride;  // floats from a panel to the next
     float* c;              // kNr a row
     int64_t c_panel_stride;
-    int64_t depth;
-    bool first;           // c holds nothing yet
+    int64_t depth;  // a chain's
+    bool first;     // c holds nothing yet
+    float* out;     // where finished sums plus `bias` go, or null: to c
+    int64_t ldo;
+    const float* bias;
     const float* next_b;  // the lines of the next panel that this tile fetches from L3
     const float* next_b_end;
   };
@@ -141,52 +140,48 @@ struct Fp8GemmCpu {
   __attribute__((noinline)) static void multiply_tile(const Tile& t) {
     constexpr int kV = Isa::kVecs * kPanels;
     const float* a = t.a;
-    const float* a_scales = t.a_scales;
-    const float* b_block = t.b;
-    const int64_t panel_stride = t.panel_stride, c_panel_stride = t.c_panel_stride, ld_a_scales = t.ld_a_scales;
-    float* const c = t.c;
-    bool first = t.first;
-    for (int i = 0; i < kRows * kNr; i += 16) __builtin_prefetch(c + i, 1);
+    const float* b = t.b;
+    const float* const a_end = a + kRows * round_up(t.depth, kUnroll);
+    const int64_t panel_stride = t.panel_stride;
+    for (int i = 0; i < kRows * kNr; i += 16) __builtin_prefetch(t.c + i, 1);
     for (const float* line = t.next_b; line < t.next_b_end; line += 16) __builtin_prefetch(line, 0, 2);
-    for (int64_t left = t.depth; left > 0; left -= kBlock, b_block += kPanelBlock, a_scales += ld_a_scales) {
-      const float* b = b_block + kNr;
-      const float* a_end = a + kRows * round_up(ceil_div(smaller(left, kBlock), Isa::kCodes), kUnroll);
-      Vec partial[kRows][kV];
+    Vec sum[kRows][kV];
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kV; ++v) sum[r][v] = Isa::zero();
+    do {
+#pragma GCC unroll 16
+      for (int s = 0; s < kUnroll; ++s) {
+        EF_COMPILER_FENCE();  // keeps the next step's loads where they are: hoisted, they would spill accumulators
+        Vec column[kV];
+#pragma GCC unroll 8
+        for (int v = 0; v < kV; ++v) column[v] = Isa::load(b + (v / Isa::kVecs) * panel_stride + (v % Isa::kVecs) * Isa::kLanes + s * kNr);
+#pragma GCC unroll 16
+        for (int r = 0; r < kRows; ++r) {
+          Vec row = Isa::broadcast(a + r + s * kRows);
+#pragma GCC unroll 8
+          for (int v = 0; v < kV; ++v) sum[r][v] = Isa::multiply_add(row, column[v], sum[r][v]);
+        }
+      }
+      a += kUnroll * kRows;
+      b += kUnroll * kNr;
+    } while (a != a_end);
+    const bool first = t.first;
+    auto each = [&](auto write) __attribute__((always_inline)) {
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < kV; ++v) partial[r][v] = Isa::zero();
-      do {
-#pragma GCC unroll 16
-        for (int s = 0; s < kUnroll; ++s) {
-          EF_COMPILER_FENCE();  // keeps the next step's loads where they are: hoisted, they would spill accumulators
-          Vec column[kV];
-#pragma GCC unroll 8
-          for (int v = 0; v < kV; ++v)
-            column[v] = Isa::load(b + (v / Isa::kVecs) * panel_stride + (v % Isa::kVecs) * Isa::kLanes + s * kNr);
-#pragma GCC unroll 16
-          for (int r = 0; r < kRows; ++r) {
-            Vec row = Isa::broadcast(a + r + s * kRows);
-#pragma GCC unroll 8
-            for (int v = 0; v < kV; ++v) partial[r][v] = Isa::dot_step(row, column[v], partial[r][v]);
-          }
-        }
-        a += kUnroll * kRows;
-        b += kUnroll * kNr;
-      } while (a != a_end);
-      // Promotion: one multiply-add an element, once in 128.
-#pragma GCC unroll 16
-      for (int r = 0; r < kRows; ++r) {
-        Vec row_scale = Isa::broadcast(a_scales + r);
-#pragma GCC unroll 8
         for (int v = 0; v < kV; ++v) {
-          int panel = v / Isa::kVecs, lane = (v % Isa::kVecs) * Isa::kLanes;
-          float* at = c + panel * c_panel_stride + r * kNr + lane;
-          Vec scale = Isa::multiply(row_scale, Isa::load(b_block + panel * panel_stride + lane));
-          Isa::store(at, Isa::multiply_add(partial[r][v], scale, first ? Isa::zero() : Isa::load(at)));
+          int64_t panel = v / Isa::kVecs, lane = v % Isa::kVecs * Isa::kLanes;
+          float* at = t.c + panel * t.c_panel_stride + r * kNr + lane;
+          write(first ? sum[r][v] : Isa::add(Isa::load(at), sum[r][v]), at, r, panel * kNr + lane);
         }
-      }
-      first = false;
+    };
+    if (t.out) {
+      each([&](Vec value, float*, int r, int64_t j) { Isa::store(t.out + r * t.ldo + j, Isa::add(value, Isa::load(t.bias + j))); });
+    } else {
+      each([](Vec value, float* at, int, int64_t) { Isa::store(at, value); });
     }
   }
 
@@ -199,7 +194,10 @@ struct Fp8GemmCpu {
       if (rows != kRows) return multiply_dispatch<kRows - 1>(t, rows, panels);
       if (panels == panels_at_once(kRows)) return multiply_tile<kRows, panels_at_once(kRows)>(t);
       Tile one = t;
-      for (int p = 0; p < panels; ++p, one.b += t.panel_stride, one.c += t.c_panel_stride) multiply_tile<kRows, 1>(one);
+      for (int p = 0; p < panels; ++p, one.b += t.panel_stride, one.c += t.c_panel_stride) {
+        multiply_tile<kRows, 1>(one);
+        if (one.out) one.out += kNr, one.bias += kNr;
+      }
     }
   }
 
@@ -230,15 +228,20 @@ struct Fp8GemmCpu {
     write_rows<kAccumulate>(out, ld, c, bias, rows, columns);
   }
 
+  // The bias of `columns` columns, zero where there is none.
+  static void load_bias(const Fp8GemmArgs& args, int64_t column, int64_t columns, float* bias) {
+    for (int64_t j = 0; j < columns; ++j) bias[j] = 0.0f;
+    columns = smaller(columns, args.n - column);
+    if (args.bias && args.bias_type == DType::f32)
+      for (int64_t j = 0; j < columns; ++j) bias[j] = static_cast<const float*>(args.bias)[column + j];
+    if (args.bias && args.bias_type == DType::bf16)
+      for (int64_t j = 0; j < columns; ++j) bias[j] = bf16_to_float(static_cast<const uint16_t*>(args.bias)[column + j]);
+  }
+
   // The sums of `rows` rows of a column panel, to the caller's matrix.
-  static void finish(const Fp8GemmArgs& args, const float* c, int64_t row, int rows, int64_t panel) {
+  static void finish(const Fp8GemmArgs& args, const float* c, const float* bias, int64_t row, int rows, int64_t panel) {
     int64_t column = panel * kNr, at = row * args.ldo + column;
     int columns = static_cast<int>(smaller(kNr, args.n - column));
-    alignas(64) float bias[kNr] = {};
-    if (args.bias && args.bias_type == DType::f32)
-      for (int j = 0; j < columns; ++j) bias[j] = static_cast<const float*>(args.bias)[column + j];
-    if (args.bias && args.bias_type == DType::bf16)
-      for (int j = 0; j < columns; ++j) bias[j] = bf16_to_float(static_cast<const uint16_t*>(args.bias)[column + j]);
     float* out = static_cast<float*>(args.out) + at;
     if (args.out_type == DType::bf16) return write_panel<false>(static_cast<uint16_t*>(args.out) + at, args.ldo, c, bias, rows, columns);
     args.accumulate ? write_panel<true>(out, args.ldo, c, bias, rows, columns) : write_panel<false>(out, args.ldo, c, bias, rows, columns);
@@ -246,56 +249,57 @@ struct Fp8GemmCpu {
 
   // --- blocking ---
 
-  // Blocks of k per packed block of a: equal passes of at most Isa::kDepth.
-  static int64_t depth_of_pass(int64_t blocks) { return ceil_div(blocks, ceil_div(blocks, Isa::kDepth)); }
-
-  // `shared_b`: the panels of the piece, packed over its blocks, or null: pack here. `sums` starts at (row_begin, panel_begin);
+  // `shared_b`: the panels of the piece, packed over its stages, or null: pack here. `sums` starts at (row_begin, panel_begin);
   // its base is null if the piece covers all of k in one pass.
   static void multiply_piece(const Fp8GemmArgs& args, const Piece& p, const float* shared_b, Sums sums) {
     int rows = static_cast<int>(p.row_end - p.row_begin);
     int row_panels = static_cast<int>(ceil_div(rows, kMr));
     int group = row_panels == 1 ? panels_at_once(rows) : 1;
-    float* packed_a = fp8_gemm_cpu_scratch(Fp8GemmScratch::a, Isa::kRowBlock * Isa::kDepth * kSteps + 64);
-    float* packed_b = shared_b ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::b, 4 * Isa::kDepth * kPanelBlock);
+    float* packed_a = fp8_gemm_cpu_scratch(Fp8GemmScratch::a, Isa::kRowBlock * Isa::kDepth * kStage + 64);
+    float* packed_b = shared_b ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::b, 4 * Isa::kDepth * kPanelStage);
     alignas(64) float tile[4 * kMr * kNr];  // the sums, where one pass over k completes them
-    int64_t all_blocks = ceil_div(args.k, kBlock);
-    int64_t depth = depth_of_pass(p.block_end - p.block_begin);
-    for (int64_t block = p.block_begin; block < p.block_end; block += depth) {
-      int64_t blocks = smaller(depth, p.block_end - block);
+    alignas(64) float bias[4 * kNr];
+    for (int64_t begin = p.begin; begin < p.end; begin += Isa::kDepth) {
+      int64_t end = smaller(begin + Isa::kDepth, p.end);
+      int64_t steps = (end - begin) * kStage;
       for (int rp = 0; rp < row_panels; ++rp) {
         int64_t row = panel_row(rp, row_panels, rows);
         int height = static_cast<int>(panel_row(rp + 1, row_panels, rows) - row);
-        pack_a(args, p.row_begin + row, height, block, blocks, packed_a + row * blocks * kSteps);
+        pack_a(args, p.row_begin + row, height, begin, end, packed_a + row * steps);
       }
       Tile t;
-      t.ld_a_scales = args.ld_a_scales;
       t.c_panel_stride = sums.base ? sums.panel_stride : kMr * kNr;
-      t.depth = smaller(args.k - block * kBlock, blocks * kBlock);
-      t.first = block == 0;
+      t.depth = smaller(args.k - begin * kStage, steps);
+      t.first = begin == 0;
+      t.ldo = args.ldo;
+      t.bias = bias;
+      bool last = end * kStage >= args.k;
+      bool direct = last && args.out_type == DType::f32 && !args.accumulate;
       for (int64_t panel = p.panel_begin; panel < p.panel_end; panel += group) {
         int panels = static_cast<int>(smaller(group, p.panel_end - panel));
         if (shared_b) {
-          t.panel_stride = (p.block_end - p.block_begin) * kPanelBlock;
-          t.b = shared_b + (panel - p.panel_begin) * t.panel_stride + (block - p.block_begin) * kPanelBlock;
+          t.panel_stride = (p.end - p.begin) * kPanelStage;
+          t.b = shared_b + (panel - p.panel_begin) * t.panel_stride + (begin - p.begin) * kPanelStage;
         } else {
-          t.panel_stride = blocks * kPanelBlock;
+          t.panel_stride = (end - begin) * kPanelStage;
           t.b = packed_b;
-          for (int i = 0; i < panels; ++i) pack_b(args, panel + i, block, blocks, packed_b + i * t.panel_stride);
+          for (int i = 0; i < panels; ++i) pack_b(args, panel + i, begin, end, packed_b + i * t.panel_stride);
         }
         t.next_b_end = shared_b ? t.b + t.panel_stride : nullptr;
+        if (last) load_bias(args, panel * kNr, panels * kNr, bias);
+        direct &= (panel + panels) * kNr <= args.n;
         for (int rp = 0; rp < row_panels; ++rp) {
           int64_t row = panel_row(rp, row_panels, rows);
           int height = static_cast<int>(panel_row(rp + 1, row_panels, rows) - row);
-          t.a = packed_a + row * blocks * kSteps;
+          t.a = packed_a + row * steps;
           t.next_b = t.next_b_end;
-          t.next_b_end = shared_b ? t.b + t.panel_stride + panel_row(rp + 1, row_panels, blocks * kPanelBlock) : nullptr;
-          t.a_scales = args.a_scales + p.row_begin + row + block * args.ld_a_scales;
+          t.next_b_end = shared_b ? t.b + t.panel_stride + panel_row(rp + 1, row_panels, steps * kNr) : nullptr;
           t.c = sums.base ? sums.base + (panel - p.panel_begin) * sums.panel_stride + row * kNr : tile;
-          bool last = block + blocks == all_blocks;
+          t.out = direct ? static_cast<float*>(args.out) + (p.row_begin + row) * args.ldo + panel * kNr : nullptr;
           if (last) prefetch_out(args, p.row_begin + row, height, panel);
           multiply_dispatch<kMr>(t, height, panels);
-          if (!last) continue;
-          for (int i = 0; i < panels; ++i) finish(args, t.c + i * t.c_panel_stride, p.row_begin + row, height, panel + i);
+          if (!last || direct) continue;
+          for (int i = 0; i < panels; ++i) finish(args, t.c + i * t.c_panel_stride, bias + i * kNr, p.row_begin + row, height, panel + i);
         }
       }
     }
@@ -303,14 +307,14 @@ struct Fp8GemmCpu {
 
   static void multiply_few_rows(const Fp8GemmArgs& args) {
     int64_t panels = ceil_div(args.n, kNr);
-    int64_t blocks = ceil_div(args.k, kBlock);
+    int64_t stages = ceil_div(args.k, kStage);
     int64_t chunk = kColumnChunk / 2 / kNr;
-    int64_t grain = 1 + kSerialCodes / (kNr * args.k);
+    int64_t grain = 1 + kSerialSteps / (kNr * args.k * (args.m + 16));
     parallel_for(panels, grain, [&](int64_t begin, int64_t end) {
-      float* workspace = blocks <= Isa::kDepth ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * chunk * kNr);
+      float* workspace = stages <= Isa::kDepth ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::c, args.m * chunk * kNr);
       Sums sums{workspace, args.m * kNr};
       for (int64_t p = begin; p < end; p += chunk) {
-        multiply_piece(args, {0, args.m, p, smaller(p + chunk, end), 0, blocks}, nullptr, sums);
+        multiply_piece(args, {0, args.m, p, smaller(p + chunk, end), 0, stages}, nullptr, sums);
       }
     });
   }
@@ -319,28 +323,29 @@ struct Fp8GemmCpu {
   // `floats` bounds the packed b, and the sums, of a pass.
   template <class Loop>
   static void multiply_panels(const Fp8GemmArgs& args, int64_t begin, int64_t end, int64_t floats, const Loop& loop) {
-    int64_t all_blocks = ceil_div(args.k, kBlock);
+    int64_t stages = ceil_div(args.k, kStage);
     int64_t row_blocks = ceil_div(args.m, Isa::kRowBlock);
-    int64_t most_blocks = ceil_div(all_blocks, ceil_div(all_blocks, kDepthChunk));
-    int64_t chunk = smaller(kColumnChunk, floats / larger(args.m, most_blocks * kBlock)) / kNr;
+    int64_t depth = smaller(stages, round_up(ceil_div(stages, ceil_div(args.k, kDepthChunk * kBlock)), Isa::kDepth));
+    int64_t chunk = smaller(kColumnChunk, floats / larger(args.m, depth * kStage)) / kNr;
     int64_t most_panels = ceil_div(end - begin, ceil_div(end - begin, chunk));
-    bool one_pass = all_blocks <= Isa::kDepth;
-    float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * most_blocks * kPanelBlock);
+    bool one_pass = stages <= Isa::kDepth;
+    float* packed_b = fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_b, most_panels * depth * kPanelStage);
     float* workspace = one_pass ? nullptr : fp8_gemm_cpu_scratch(Fp8GemmScratch::shared_c, args.m * most_panels * kNr);
     for (int64_t panel = begin; panel < end; panel += most_panels) {
       int64_t panels = smaller(most_panels, end - panel);
-      for (int64_t block = 0; block < all_blocks; block += most_blocks) {
-        int64_t blocks = smaller(most_blocks, all_blocks - block);
+      for (int64_t stage = 0; stage < stages; stage += depth) {
+        int64_t stage_end = smaller(stage + depth, stages);
+        int64_t panel_floats = (stage_end - stage) * kPanelStage;
         loop(panels, [&](int64_t first, int64_t last) {
-          for (int64_t p = first; p < last; ++p) pack_b(args, panel + p, block, blocks, packed_b + p * blocks * kPanelBlock);
+          for (int64_t p = first; p < last; ++p) pack_b(args, panel + p, stage, stage_end, packed_b + p * panel_floats);
         });
         loop(row_blocks * panels, [&](int64_t at, int64_t stop) {
           while (at < stop) {
             int64_t row_block = at / panels, first = at % panels, last = smaller(panels, first + stop - at);
             int64_t row = panel_row(row_block, row_blocks, args.m), row_end = panel_row(row_block + 1, row_blocks, args.m);
             Sums sums{one_pass ? nullptr : workspace + (first * args.m + row) * kNr, args.m * kNr};
-            Piece piece{row, row_end, panel + first, panel + last, block, block + blocks};
-            multiply_piece(args, piece, packed_b + first * blocks * kPanelBlock, sums);
+            Piece piece{row, row_end, panel + first, panel + last, stage, stage_end};
+            multiply_piece(args, piece, packed_b + first * panel_floats, sums);
             at += last - first;
           }
         });

@@ -8,22 +8,21 @@ namespace {
 
 struct Avx512 {
   using Vec = __m512;
-  static constexpr int kLanes = 16, kVecs = 2, kMr = 14, kCodes = 1;
-  static constexpr int64_t kDepth = 2, kRowBlock = 168;
+  static constexpr int kLanes = 16, kVecs = 2, kMr = 14;
+  static constexpr int64_t kDepth = 4, kRowBlock = 168;
+  static constexpr float kUnit = 256.0f;
 
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
   static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static Vec multiply(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
-  static Vec dot_step(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-  // Register i holds k = i and k = i + 16. Both operands decode to value * 2^-8; a carries the 2^16 that makes their products whole.
+  // Register i holds k = i and k = i + 16.
   template <bool kIsA, bool kNaN>
-  static void write(const __m256i (&x)[16], float* dst, int stride) {
+  static void write(const __m256i (&x)[16], Vec scales, float* dst, int stride) {
     const __m256i zero = _mm256_setzero_si256();
-    const Vec factor = _mm512_set1_ps(65536.0f);
     const __mmask16 mask = kIsA ? static_cast<__mmask16>((1u << stride) - 1) : static_cast<__mmask16>(0xFFFF);
 #pragma GCC unroll 16
     for (int i = 0; i < 16; ++i, dst += stride) {
@@ -31,25 +30,29 @@ struct Avx512 {
       __m256i high = half_bits<kNaN>(_mm256_unpackhi_epi8(zero, x[i]));
       Vec first = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_permute2x128_si256(low, high, 0x20));
       Vec second = _mm512_maskz_cvtph_ps(0xFFFF, _mm256_permute2x128_si256(low, high, 0x31));
-      _mm512_mask_storeu_ps(dst, mask, kIsA ? _mm512_mul_ps(first, factor) : first);
-      _mm512_mask_storeu_ps(dst + 16 * stride, mask, kIsA ? _mm512_mul_ps(second, factor) : second);
+      _mm512_mask_storeu_ps(dst, mask, _mm512_mul_ps(first, scales));
+      _mm512_mask_storeu_ps(dst + 16 * stride, mask, _mm512_mul_ps(second, scales));
     }
   }
 
   template <bool kIsA>
-  static void decode(const uint8_t* codes, int64_t ld, int rows, float* dst, int stride) {
+  static void decode(const uint8_t* codes, int64_t ld, int rows, const float* scales, float* dst, int stride) {
     for (int k = 0; k < kStage; k += 32, dst += 32 * stride) {
       __m256i x[16];
 #pragma GCC unroll 16
       for (int r = 0; r < 16; ++r) x[r] = load_codes(codes + (r < rows ? r : 0) * ld + k, __m256i{});
       bool nan = holds_nan(x);
       transpose_codes(x);
-      nan ? write<kIsA, true>(x, dst, stride) : write<kIsA, false>(x, dst, stride);
+      nan ? write<kIsA, true>(x, load(scales), dst, stride) : write<kIsA, false>(x, load(scales), dst, stride);
     }
   }
 
-  static void decode_a(const uint8_t* codes, int64_t ld, int rows, float* dst) { decode<true>(codes, ld, rows, dst, rows); }
-  static void decode_b(const uint8_t* codes, int64_t ld, int columns, float* dst) { decode<false>(codes, ld, columns, dst, 32); }
+  static void decode_a(const uint8_t* codes, int64_t ld, int rows, const float* scales, float* dst) {
+    decode<true>(codes, ld, rows, scales, dst, rows);
+  }
+  static void decode_b(const uint8_t* codes, int64_t ld, int columns, const float* scales, float* dst) {
+    decode<false>(codes, ld, columns, scales, dst, 32);
+  }
 };
 
 }  // namespace
