@@ -32,14 +32,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_quantize(const
       swiglu_quantize_cpu(swiglu);
     } else {
 #if EIGHTFOLD_WITH_CUDA
-      torch::stable::accelerator::DeviceGuard guard(gate.get_device_index());
+      OnDeviceOf device(gate);
       swiglu_quantize_sm90(swiglu, current_stream(gate));
 #else
       fail(op, ": this build has no CUDA kernels");
 #endif
     }
   }
-  return {h.codes, h.scales, gate_out.codes, gate_out.scales, up_out.codes, up_out.scales};
+  return {std::move(h.codes),         std::move(h.scales),     std::move(gate_out.codes),
+          std::move(gate_out.scales), std::move(up_out.codes), std::move(up_out.scales)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_backward_quantize(
@@ -67,28 +68,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
       swiglu_backward_quantize_cpu(swiglu);
     } else {
 #if EIGHTFOLD_WITH_CUDA
-      torch::stable::accelerator::DeviceGuard guard(dh.get_device_index());
+      OnDeviceOf device(dh);
       swiglu_backward_quantize_sm90(swiglu, current_stream(dh));
 #else
       fail(op, ": this build has no CUDA kernels");
 #endif
     }
   }
-  return {dgate.codes, dgate.scales,   dgate_cols.codes, dgate_cols.scales, dup.codes,
-          dup.scales,  dup_cols.codes, dup_cols.scales,  h_cols.codes,      h_cols.scales};
+  return {std::move(dgate.codes),  std::move(dgate.scales), std::move(dgate_cols.codes), std::move(dgate_cols.scales),
+          std::move(dup.codes),    std::move(dup.scales),   std::move(dup_cols.codes),   std::move(dup_cols.scales),
+          std::move(h_cols.codes), std::move(h_cols.scales)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  m.impl("swiglu_quantize", TORCH_BOX(&swiglu_quantize));
-  m.impl("swiglu_backward_quantize", TORCH_BOX(&swiglu_backward_quantize));
+  m.impl("swiglu_quantize", EF_BOX(&swiglu_quantize));
+  m.impl("swiglu_backward_quantize", EF_BOX(&swiglu_backward_quantize));
 }
 
 #if EIGHTFOLD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
-  m.impl("swiglu_quantize", TORCH_BOX(&swiglu_quantize));
-  m.impl("swiglu_backward_quantize", TORCH_BOX(&swiglu_backward_quantize));
+  m.impl("swiglu_quantize", EF_BOX(&swiglu_quantize));
+  m.impl("swiglu_backward_quantize", EF_BOX(&swiglu_backward_quantize));
 }
 #endif
 

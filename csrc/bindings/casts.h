@@ -29,14 +29,15 @@ inline Tensor nothing(int64_t dims, ScalarType type, const Tensor& like) {
 inline RowCast empty_row_cast(int64_t rows, int64_t cols, const Tensor& like, bool wanted = true) {
   if (!wanted) return {nothing(2, ScalarType::Float8_e4m3fn, like), nothing(2, ScalarType::Float, like), {}};
   Tensor codes = empty({rows, cols}, ScalarType::Float8_e4m3fn, like), scales = empty_row_scales(rows, cols, kGroup, like);
-  return {codes, scales, {static_cast<uint8_t*>(codes.data_ptr()), static_cast<float*>(scales.data_ptr()), cols, scales.stride(1)}};
+  Quantized view{static_cast<uint8_t*>(codes.data_ptr()), static_cast<float*>(scales.data_ptr()), cols, scales.stride(1)};
+  return {std::move(codes), std::move(scales), view};
 }
 
 inline ColCast empty_col_cast(int64_t rows, int64_t cols, const Tensor& like, bool wanted = true) {
   if (!wanted) return {nothing(2, ScalarType::Float8_e4m3fn, like), nothing(2, ScalarType::Float, like), {}};
   Tensor codes = empty_col_codes(rows, cols, like), scales = empty_col_scales(rows, cols, like);
-  return {
-      codes, scales, {static_cast<uint8_t*>(codes.data_ptr()), static_cast<float*>(scales.data_ptr()), codes.stride(1), scales.stride(0)}};
+  Quantized view{static_cast<uint8_t*>(codes.data_ptr()), static_cast<float*>(scales.data_ptr()), codes.stride(1), scales.stride(0)};
+  return {std::move(codes), std::move(scales), view};
 }
 
 // Codes [rows, cols] in groups (1, 128), row-major, with the scale layout that row casts write.

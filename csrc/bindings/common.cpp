@@ -1,16 +1,17 @@
 #include "bindings/common.h"
 
 #include <dlfcn.h>
+#include <torch/csrc/stable/ops.h>
 
 #include "core/threads.h"
 
 namespace eightfold::bindings {
 namespace {
 
-std::string joined(torch::headeronly::IntHeaderOnlyArrayRef values) {
+std::string joined(Dims values) {
   std::ostringstream out;
   out << '[';
-  for (size_t i = 0; i < values.size(); ++i) out << (i ? ", " : "") << values[i];
+  for (int64_t i = 0; i < values.count; ++i) out << (i ? ", " : "") << values[i];
   out << ']';
   return out.str();
 }
@@ -29,6 +30,16 @@ CurrentCudaStream find_current_cuda_stream() {
   void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* symbol = library ? dlsym(library, "aoti_torch_get_current_cuda_stream") : nullptr;
   return reinterpret_cast<CurrentCudaStream>(symbol);
+}
+
+constexpr int64_t kMaxDims = 16;
+
+Tensor allocate(Dims sizes, const int64_t* strides, ScalarType type, const Tensor& like) {
+  static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.count, sizes.values, strides, shim_dtype_of(type), like.is_cpu() ? cpu : cuda,
+                                                  like.get_device_index(), &handle));
+  return Tensor(handle);
 }
 
 }  // namespace
@@ -71,13 +82,10 @@ void check_rank(const Tensor& t, int64_t rank, const char* op, const char* argum
 }
 
 void check_shape(const Tensor& t, std::initializer_list<int64_t> shape, const char* op, const char* argument) {
-  auto sizes = t.sizes();
-  bool same = sizes.size() == shape.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = sizes[i] == shape.begin()[i];
-  if (!same) {
-    std::vector<int64_t> expected(shape);
-    fail(op, ": ", argument, " must have shape ", joined({expected.data(), expected.size()}), ", got ", shape_of(t));
-  }
+  const auto dims = static_cast<int64_t>(shape.size());
+  bool same = t.dim() == dims;
+  for (int64_t i = 0; same && i < dims; ++i) same = t.size(i) == shape.begin()[i];
+  EF_CHECK(same, op, ": ", argument, " must have shape ", joined({shape.begin(), dims}), ", got ", shape_of(t));
 }
 
 void check_dtype(const Tensor& t, std::initializer_list<ScalarType> allowed, const char* op, const char* argument) {
@@ -110,24 +118,21 @@ void check_aligned(const Tensor& t, int64_t bytes, const char* op, const char* a
 }
 
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType type, const Tensor& like) {
-  auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  int32_t device_type = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.begin(), dtype,
-                                                         device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  return allocate({sizes.begin(), static_cast<int64_t>(sizes.size())}, strides.begin(), type, like);
 }
 
 Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like) {
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t i = static_cast<int64_t>(sizes.size()) - 2; i >= 0; --i)
-    strides[i] = strides[i + 1] * (sizes.begin()[i + 1] > 1 ? sizes.begin()[i + 1] : 1);
-  auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  int32_t device_type = like.is_cpu() ? aoti_torch_device_type_cpu() : aoti_torch_device_type_cuda();
-  AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.begin(), strides.data(), dtype,
-                                                         device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty(Dims{sizes.begin(), static_cast<int64_t>(sizes.size())}, type, like);
+}
+
+Tensor empty(Dims sizes, ScalarType type, const Tensor& like) {
+  EF_CHECK(sizes.count <= kMaxDims, "eightfold: a tensor has ", sizes.count, " dimensions; at most ", kMaxDims, " are supported");
+  int64_t strides[kMaxDims], next = 1;
+  for (int64_t i = sizes.count - 1; i >= 0; --i) {
+    strides[i] = next;
+    next *= sizes[i] > 1 ? sizes[i] : 1;
+  }
+  return allocate(sizes, strides, type, like);
 }
 
 Tensor empty_row_scales(int64_t rows, int64_t cols, int64_t group_cols, const Tensor& like) {
@@ -145,12 +150,18 @@ Tensor empty_col_scales(int64_t rows, int64_t cols, const Tensor& like) {
   return empty_strided({ceil_div(rows, 128), cols}, {ld, 1}, ScalarType::Float, like);
 }
 
+OnDeviceOf::OnDeviceOf(const Tensor& t) {
+  int32_t current = -1;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_device_index(&current));
+  if (current != t.get_device_index()) guard_.emplace(t.get_device_index());
+}
+
 void* current_stream(const Tensor& t) {
   if (t.is_cpu()) return nullptr;
   static const CurrentCudaStream get = find_current_cuda_stream();
   EF_CHECK(get != nullptr, "eightfold: this torch has no CUDA stream to launch on (libtorch_cuda.so is not loaded)");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(get(t.get_device_index(), &stream));
   return stream;
 }
 

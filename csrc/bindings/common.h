@@ -3,9 +3,6 @@
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -15,12 +12,10 @@
 #include <tuple>
 #include <vector>
 
+#include "bindings/tensor.h"
 #include "core/dtype.h"
 
 namespace eightfold::bindings {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // Throws std::runtime_error("op: " + message) unless `condition`; the message is only built on failure.
 #define EF_CHECK(condition, ...)                                \
@@ -52,13 +47,23 @@ void check_last_dim_contiguous(const Tensor& t, const char* op, const char* argu
 void check_aligned(const Tensor& t, int64_t bytes, const char* op, const char* argument);
 
 Tensor empty_strided(std::initializer_list<int64_t> sizes, std::initializer_list<int64_t> strides, ScalarType type, const Tensor& like);
-Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like);
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType type, const Tensor& like);  // row-major
+Tensor empty(Dims sizes, ScalarType type, const Tensor& like);
 
 // The memory layouts of DESIGN "Numbers": logical shape = ceil(shape / group); python/eightfold/ops/layouts.py says the same.
 Tensor empty_row_scales(int64_t rows, int64_t cols, int64_t group_cols,
                         const Tensor& like);                              // [rows, ceil(cols/g)], rows contiguous, ld % 4 == 0
 Tensor empty_col_codes(int64_t rows, int64_t cols, const Tensor& like);   // [rows, cols], rows contiguous, ld % 16 == 0
 Tensor empty_col_scales(int64_t rows, int64_t cols, const Tensor& like);  // [ceil(rows/128), cols], cols contiguous, ld % 4 == 0
+
+// Makes the device of a CUDA tensor current for as long as it lives. Nearly always it is already.
+class OnDeviceOf {
+ public:
+  explicit OnDeviceOf(const Tensor& t);
+
+ private:
+  std::optional<torch::stable::accelerator::DeviceGuard> guard_;
+};
 
 // The stream torch is on for this tensor's device (0 for CPU tensors); opaque so that CPU-only builds need no CUDA headers.
 void* current_stream(const Tensor& t);

@@ -75,7 +75,7 @@ void launch(const Fp8GemmArgs& args, const Tensor& a) {
   if (args.m == 0 || args.n == 0) return;
 #if defined(EIGHTFOLD_WITH_CUDA)
   if (a.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard guard(a.get_device_index());
+    OnDeviceOf device(a);
     return fp8_gemm_sm90(args, current_stream(a));
   }
 #endif
@@ -123,14 +123,14 @@ void fp8_gemm_accumulate_(const Tensor& out, const Tensor& a, const Tensor& a_sc
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  m.impl("fp8_gemm", TORCH_BOX(&fp8_gemm));
-  m.impl("fp8_gemm_accumulate_", TORCH_BOX(&fp8_gemm_accumulate_));
+  m.impl("fp8_gemm", EF_BOX(&fp8_gemm));
+  m.impl("fp8_gemm_accumulate_", EF_BOX(&fp8_gemm_accumulate_));
 }
 
 #if defined(EIGHTFOLD_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
-  m.impl("fp8_gemm", TORCH_BOX(&fp8_gemm));
-  m.impl("fp8_gemm_accumulate_", TORCH_BOX(&fp8_gemm_accumulate_));
+  m.impl("fp8_gemm", EF_BOX(&fp8_gemm));
+  m.impl("fp8_gemm_accumulate_", EF_BOX(&fp8_gemm_accumulate_));
 }
 #endif
 

@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
+#include <utility>
 
 #include "core/exports.h"
 #include "core/fp8.h"
@@ -38,9 +39,25 @@ Function library_function(const char* name) {
   return reinterpret_cast<Function>(symbol);
 }
 
+py::object from_json(const char* text) { return py::module_::import("json").attr("loads")(text); }
+
 py::object build_info() {
   static const auto info = library_function<decltype(&eightfold_build_info)>("eightfold_build_info");
-  return py::module_::import("json").attr("loads")(info());
+  return from_json(info());
+}
+
+py::object gemm_plan(int64_t m, int64_t n, int64_t k, int64_t b_group_rows, int64_t sm_count) {
+  static const auto plan = library_function<decltype(&eightfold_gemm_plan)>("eightfold_gemm_plan");
+  for (auto [name, value] : {std::pair("m", m), std::pair("n", n), std::pair("k", k), std::pair("sm_count", sm_count)}) {
+    if (value <= 0 || value > INT32_MAX) {
+      throw py::value_error("gemm_plan: " + std::string(name) + " must be from 1 to " + std::to_string(INT32_MAX) + ", got " +
+                            std::to_string(value));
+    }
+  }
+  if (b_group_rows != 1 && b_group_rows != 128) {
+    throw py::value_error("gemm_plan: b_group_rows must be 1 or 128, got " + std::to_string(b_group_rows));
+  }
+  return from_json(plan(m, n, k, static_cast<int>(b_group_rows), static_cast<int>(sm_count)));
 }
 
 }  // namespace
@@ -50,4 +67,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("e4m3_encode", &encode, py::arg("values"), "float32 array -> uint8 E4M3 codes: nearest even, saturating at +-448, NaN -> 0x7F.");
   m.def("e4m3_decode", &decode, py::arg("codes"), "uint8 E4M3 codes -> float32 array (exact).");
   m.def("build_info", &build_info, "What libeightfold.so was built with and the instruction set its CPU matrix kernel uses, as a dict.");
+  m.def("gemm_plan", &gemm_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("b_group_rows") = 128, py::arg("sm_count") = 132,
+        "How the Hopper kernel splits a product of these sizes, as a dict: tile_m, tile_n, stages, tiles_m, tiles_n, grid, waves.");
 }

@@ -45,7 +45,7 @@ void run(const RmsNorm& norm, const Tensor& x, const char* op) {
   if (norm.rows == 0) return;
   if (x.is_cpu()) return rms_norm_cpu(norm);
 #if EIGHTFOLD_WITH_CUDA
-  torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  OnDeviceOf device(x);
   rms_norm_sm90(norm, current_stream(x));
 #else
   fail(op, ": this build has no CUDA kernels");
@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const Tenso
   norm.x_rows = x_rows.view;
   if (training) norm.rstd = static_cast<float*>(rstd.data_ptr());
   run(norm, x, "rms_norm");
-  return {y, x_rows.codes, x_rows.scales, rstd};
+  return {std::move(y), std::move(x_rows.codes), std::move(x_rows.scales), std::move(rstd)};
 }
 
 struct Casts {
@@ -87,7 +87,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> rms_norm_quan
   const char* op = "rms_norm_quantize";
   RmsNorm norm = describe(x, weight, eps, op);
   Casts out = norm_and_cast(norm, x, training, op);
-  return {out.y.codes, out.y.scales, out.y_cols.codes, out.y_cols.scales, out.x.codes, out.x.scales, out.rstd};
+  return {std::move(out.y.codes), std::move(out.y.scales), std::move(out.y_cols.codes), std::move(out.y_cols.scales),
+          std::move(out.x.codes), std::move(out.x.scales), std::move(out.rstd)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_rms_norm_quantize(const Tensor& x, const Tensor& residual,
@@ -100,11 +101,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_r
   norm.residual = residual.data_ptr();
   norm.sum = sum.data_ptr();
   Casts out = norm_and_cast(norm, x, training, op);
-  return {sum, out.y.codes, out.y.scales, out.y_cols.codes, out.y_cols.scales, out.x.codes, out.x.scales, out.rstd};
+  return {
+      std::move(sum),         std::move(out.y.codes),  std::move(out.y.scales), std::move(out.y_cols.codes), std::move(out.y_cols.scales),
+      std::move(out.x.codes), std::move(out.x.scales), std::move(out.rstd)};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, std::optional<Tensor> x_scales, const Tensor& rstd,
-                                             const Tensor& weight, std::optional<Tensor> residual_grad) {
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& x_scales, const Tensor& rstd,
+                                             const Tensor& weight, const std::optional<Tensor>& residual_grad) {
   const char* op = "rms_norm_backward";
   check_norm_input(dy, weight, op, "dy");
   int64_t rows = dy.size(0), cols = dy.size(1);
@@ -135,35 +138,35 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
   norm.dx = dx.data_ptr();
   norm.dweight = static_cast<float*>(dweight.data_ptr());
   norm.partials = static_cast<float*>(partials.data_ptr());
-  if (cols == 0) return {dx, dweight};
+  if (cols == 0) return {std::move(dx), std::move(dweight)};
   if (dy.is_cpu()) {
     rms_norm_backward_cpu(norm);
   } else {
 #if EIGHTFOLD_WITH_CUDA
-    torch::stable::accelerator::DeviceGuard guard(dy.get_device_index());
+    OnDeviceOf device(dy);
     rms_norm_backward_sm90(norm, current_stream(dy));
 #else
     fail(op, ": this build has no CUDA kernels");
 #endif
   }
-  return {dx, dweight};
+  return {std::move(dx), std::move(dweight)};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
-  m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("rms_norm", EF_BOX(&rms_norm));
+  m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
+  m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_backward", EF_BOX(&rms_norm_backward));
 }
 
 #if EIGHTFOLD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
-  m.impl("rms_norm", TORCH_BOX(&rms_norm));
-  m.impl("rms_norm_quantize", TORCH_BOX(&rms_norm_quantize));
-  m.impl("add_rms_norm_quantize", TORCH_BOX(&add_rms_norm_quantize));
-  m.impl("rms_norm_backward", TORCH_BOX(&rms_norm_backward));
+  m.impl("rms_norm", EF_BOX(&rms_norm));
+  m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
+  m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_backward", EF_BOX(&rms_norm_backward));
 }
 #endif
 

@@ -21,33 +21,27 @@ int64_t rows_of(const Tensor& t, int64_t row_length, const char* op, const char*
   return rows;
 }
 
-Tensor empty_like_shape(const Tensor& t, ScalarType type) {
-  Tensor flat = empty({t.numel()}, type, t);
-  auto sizes = t.sizes();
-  return torch::stable::view(flat, std::vector<int64_t>(sizes.begin(), sizes.end()));
-}
-
 std::tuple<Tensor, Tensor, Tensor> dre_quantize(const Tensor& x, int64_t row_length) {
   constexpr const char* op = "dre_quantize";
   check_dtype(x, {ScalarType::Float, ScalarType::BFloat16}, op, "x");
   check_contiguous(x, op, "x");
   int64_t rows = rows_of(x, row_length, op, "x"), per_row = groups_per_row(row_length);
-  Tensor codes = empty_like_shape(x, ScalarType::Float8_e4m3fn);
+  Tensor codes = empty(x.sizes(), ScalarType::Float8_e4m3fn, x);
   Tensor maxima = empty({rows, per_row}, ScalarType::Float, x), exponents = empty({rows, per_row}, ScalarType::Byte, x);
-  if (rows == 0) return {codes, maxima, exponents};
+  if (rows == 0) return {std::move(codes), std::move(maxima), std::move(exponents)};
   auto* codes_data = static_cast<uint8_t*>(codes.data_ptr());
   auto* maxima_data = static_cast<float*>(maxima.data_ptr());
   auto* exponents_data = static_cast<uint8_t*>(exponents.data_ptr());
   DType type = dtype_of(x, op, "x");
 #ifdef EIGHTFOLD_WITH_CUDA
   if (x.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    OnDeviceOf device(x);
     dre_quantize_cuda(x.data_ptr(), type, rows, row_length, codes_data, maxima_data, exponents_data, current_stream(x));
-    return {codes, maxima, exponents};
+    return {std::move(codes), std::move(maxima), std::move(exponents)};
   }
 #endif
   dre_quantize_cpu(x.data_ptr(), type, rows, row_length, codes_data, maxima_data, exponents_data);
-  return {codes, maxima, exponents};
+  return {std::move(codes), std::move(maxima), std::move(exponents)};
 }
 
 Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& exponents, int64_t row_length) {
@@ -62,7 +56,7 @@ Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& e
     check_same_device(*t, codes, op, name);
     check_contiguous(*t, op, name);
   }
-  Tensor out = empty_like_shape(codes, ScalarType::Float);
+  Tensor out = empty(codes.sizes(), ScalarType::Float, codes);
   if (rows == 0) return out;
   auto* codes_data = static_cast<const uint8_t*>(codes.data_ptr());
   auto* maxima_data = static_cast<const float*>(maxima.data_ptr());
@@ -70,7 +64,7 @@ Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& e
   auto* out_data = static_cast<float*>(out.data_ptr());
 #ifdef EIGHTFOLD_WITH_CUDA
   if (codes.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard guard(codes.get_device_index());
+    OnDeviceOf device(codes);
     dre_dequantize_cuda(codes_data, maxima_data, exponents_data, rows, row_length, out_data, current_stream(codes));
     return out;
   }
@@ -108,9 +102,10 @@ void check_beta(double beta, const char* name) {
   EF_CHECK(beta >= 0 && beta < 1, kAdamw, ": ", name, " must be at least 0 and below 1, got ", beta);
 }
 
-void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes, Tensors m_maxima, Tensors m_exponents, Tensors v_codes,
-                Tensors v_maxima, Tensors v_exponents, std::vector<int64_t> row_lengths, std::vector<int64_t> offsets, Tensors steps,
-                const Tensor& lr, const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
+void adamw_dre_(const Tensors& params, const Tensors& grads, const Tensors& masters, const Tensors& m_codes, const Tensors& m_maxima,
+                const Tensors& m_exponents, const Tensors& v_codes, const Tensors& v_maxima, const Tensors& v_exponents,
+                const std::vector<int64_t>& row_lengths, const std::vector<int64_t>& offsets, const Tensors& steps, const Tensor& lr,
+                const std::optional<Tensor>& grad_scale, double beta1, double beta2, double eps, double weight_decay,
                 bool stochastic_states, int64_t seed) {
   const size_t count = params.size();
   check_length(grads.size(), count, "grads");
@@ -170,7 +165,7 @@ void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes,
   if (tensors.empty()) return;
 #ifdef EIGHTFOLD_WITH_CUDA
   if (like.is_cuda()) {
-    torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+    OnDeviceOf device(like);
     adamw_dre_cuda(tensors.data(), static_cast<int64_t>(tensors.size()), options, current_stream(like));
     return;
   }
@@ -182,15 +177,15 @@ void adamw_dre_(Tensors params, Tensors grads, Tensors masters, Tensors m_codes,
 }  // namespace eightfold::bindings
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  m.impl("dre_quantize", TORCH_BOX(&eightfold::bindings::dre_quantize));
-  m.impl("dre_dequantize", TORCH_BOX(&eightfold::bindings::dre_dequantize));
-  m.impl("adamw_dre_", TORCH_BOX(&eightfold::bindings::adamw_dre_));
+  m.impl("dre_quantize", EF_BOX(&eightfold::bindings::dre_quantize));
+  m.impl("dre_dequantize", EF_BOX(&eightfold::bindings::dre_dequantize));
+  m.impl("adamw_dre_", EF_BOX(&eightfold::bindings::adamw_dre_));
 }
 
 #ifdef EIGHTFOLD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
-  m.impl("dre_quantize", TORCH_BOX(&eightfold::bindings::dre_quantize));
-  m.impl("dre_dequantize", TORCH_BOX(&eightfold::bindings::dre_dequantize));
-  m.impl("adamw_dre_", TORCH_BOX(&eightfold::bindings::adamw_dre_));
+  m.impl("dre_quantize", EF_BOX(&eightfold::bindings::dre_quantize));
+  m.impl("dre_dequantize", EF_BOX(&eightfold::bindings::dre_dequantize));
+  m.impl("adamw_dre_", EF_BOX(&eightfold::bindings::adamw_dre_));
 }
 #endif

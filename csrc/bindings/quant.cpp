@@ -10,14 +10,14 @@ using Sizes = std::vector<int64_t>;
 
 // Runs quant::name_cpu or, on the stream of the tensor's device, quant::name_sm90.
 #ifdef EIGHTFOLD_WITH_CUDA
-#define EF_RUN(name, tensor, ...)                                                 \
-  do {                                                                            \
-    if ((tensor).is_cpu()) {                                                      \
-      quant::name##_cpu(__VA_ARGS__);                                             \
-    } else {                                                                      \
-      torch::stable::accelerator::DeviceGuard guard((tensor).get_device_index()); \
-      quant::name##_sm90(__VA_ARGS__, current_stream(tensor));                    \
-    }                                                                             \
+#define EF_RUN(name, tensor, ...)                              \
+  do {                                                         \
+    if ((tensor).is_cpu()) {                                   \
+      quant::name##_cpu(__VA_ARGS__);                          \
+    } else {                                                   \
+      OnDeviceOf device(tensor);                               \
+      quant::name##_sm90(__VA_ARGS__, current_stream(tensor)); \
+    }                                                          \
   } while (0)
 #else
 #define EF_RUN(name, tensor, ...) quant::name##_cpu(__VA_ARGS__)
@@ -59,18 +59,16 @@ struct Output {
 };
 
 Output allocate(int64_t rows, int64_t cols, Group group, const Tensor& like) {
-  auto made = [](Tensor codes, Tensor scales, int64_t code_ld, int64_t scale_ld) {
-    quant::Quantized raw{bytes_of(codes), floats_of(scales), code_ld, scale_ld};
+  auto made = [&](Tensor codes, Tensor scales) {
+    const bool columns = group == Group::col128;
+    quant::Quantized raw{bytes_of(codes), floats_of(scales), columns ? codes.stride(1) : cols,
+                         group == Group::square ? 0 : scales.stride(columns ? 0 : 1)};
     return Output{std::move(codes), std::move(scales), raw};
   };
-  if (group == Group::col128) {
-    Tensor codes = empty_col_codes(rows, cols, like), scales = empty_col_scales(rows, cols, like);
-    return made(codes, scales, codes.stride(1), scales.stride(0));
-  }
+  if (group == Group::col128) return made(empty_col_codes(rows, cols, like), empty_col_scales(rows, cols, like));
   Tensor codes = empty({rows, cols}, ScalarType::Float8_e4m3fn, like);
-  if (group == Group::square) return made(codes, empty({ceil_div(rows, 128), ceil_div(cols, 128)}, ScalarType::Float, like), cols, 0);
-  Tensor scales = empty_row_scales(rows, cols, group == Group::row128 ? 128 : 16, like);
-  return made(codes, scales, cols, scales.stride(1));
+  if (group == Group::square) return made(std::move(codes), empty({ceil_div(rows, 128), ceil_div(cols, 128)}, ScalarType::Float, like));
+  return made(std::move(codes), empty_row_scales(rows, cols, group == Group::row128 ? 128 : 16, like));
 }
 
 std::tuple<Tensor, Tensor> quantize(const Tensor& x, Sizes group, bool power_of_two) {
@@ -78,14 +76,14 @@ std::tuple<Tensor, Tensor> quantize(const Tensor& x, Sizes group, bool power_of_
   const quant::Input in = input_of(x, "quantize");
   Output out = allocate(in.rows, in.cols, kind, x);
   EF_RUN(quantize, x, in, kind, out.raw, power_of_two);
-  return {out.codes, out.scales};
+  return {std::move(out.codes), std::move(out.scales)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_both(const Tensor& x, bool power_of_two) {
   const quant::Input in = input_of(x, "quantize_both");
   Output rows = allocate(in.rows, in.cols, Group::row128, x), cols = allocate(in.rows, in.cols, Group::col128, x);
   EF_RUN(quantize_both, x, in, rows.raw, cols.raw, power_of_two);
-  return {rows.codes, rows.scales, cols.codes, cols.scales};
+  return {std::move(rows.codes), std::move(rows.scales), std::move(cols.codes), std::move(cols.scales)};
 }
 
 std::tuple<Tensor, Tensor> requantize(const Tensor& codes, const Tensor& scales, bool power_of_two) {
@@ -101,7 +99,7 @@ std::tuple<Tensor, Tensor> requantize(const Tensor& codes, const Tensor& scales,
   Output out = allocate(rows, cols, Group::col128, codes);
   const quant::RowCodes in{bytes_of(codes), floats_of(scales), rows, cols, codes.stride(0), scales.stride(1)};
   EF_RUN(requantize, codes, in, out.raw, power_of_two);
-  return {out.codes, out.scales};
+  return {std::move(out.codes), std::move(out.scales)};
 }
 
 Tensor transpose_codes(const Tensor& codes) {
@@ -142,11 +140,11 @@ Tensor dequantize(const Tensor& codes, const Tensor& scales, Sizes group, Scalar
 
 template <class Library>
 void register_all(Library& m) {
-  m.impl("quantize", TORCH_BOX(&quantize));
-  m.impl("quantize_both", TORCH_BOX(&quantize_both));
-  m.impl("requantize", TORCH_BOX(&requantize));
-  m.impl("transpose_codes", TORCH_BOX(&transpose_codes));
-  m.impl("dequantize", TORCH_BOX(&dequantize));
+  m.impl("quantize", EF_BOX(&quantize));
+  m.impl("quantize_both", EF_BOX(&quantize_both));
+  m.impl("requantize", EF_BOX(&requantize));
+  m.impl("transpose_codes", EF_BOX(&transpose_codes));
+  m.impl("dequantize", EF_BOX(&dequantize));
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
-from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_
+from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
@@ -18,6 +18,7 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gemm_plan",
     "quantize",
     "quantize_both",
     "requantize",

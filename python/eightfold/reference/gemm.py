@@ -22,9 +22,9 @@ def fp8_gemm(
     a_scales: Tensor,
     b: Tensor,
     b_scales: Tensor,
-    b_group_rows: int,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
+    b_group_rows: int = 128,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]), rounded once to ``out_dtype``.
@@ -39,7 +39,7 @@ def fp8_gemm(
 
 
 def fp8_gemm_accumulate_(
-    out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_group_rows: int
+    out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_group_rows: int = 128
 ) -> None:
     """``out`` [M, N] float32 += ``a`` @ ``b``^T."""
     out += _product(a, a_scales, b, b_scales, b_group_rows, torch.float32)

@@ -1,0 +1,42 @@
+"""The plan that the Hopper kernel takes for a shape: printable, a function of the shape alone, and covering it."""
+
+import pytest
+
+from eightfold.ops import gemm_plan
+
+SHAPES = [(1, 4096, 4096), (64, 24576, 1536), (8192, 11008, 4096), (4096, 2176, 7168), (129, 144, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("b_group_rows", [1, 128])
+def test_plan_covers_the_result(shape, b_group_rows):
+    m, n, _ = shape
+    plan = gemm_plan(*shape, b_group_rows=b_group_rows, sm_count=132)
+    assert set(plan) == {"tile_m", "tile_n", "stages", "tiles_m", "tiles_n", "grid", "waves"}
+    assert (plan["tiles_m"] - 1) * plan["tile_m"] < m <= plan["tiles_m"] * plan["tile_m"]
+    assert (plan["tiles_n"] - 1) * plan["tile_n"] < n <= plan["tiles_n"] * plan["tile_n"]
+    assert 0 < plan["grid"] <= 132
+    assert plan["grid"] * (plan["waves"] - 1) < plan["tiles_m"] * plan["tiles_n"] <= plan["grid"] * plan["waves"]
+
+
+def test_plan_is_deterministic():
+    assert gemm_plan(8192, 4096, 11008, sm_count=132) == gemm_plan(8192, 4096, 11008, sm_count=132)
+
+
+def test_the_device_decides_the_grid():
+    assert gemm_plan(8192, 8192, 8192, sm_count=66)["grid"] <= 66
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"m": 0}, "gemm_plan: m must be from 1 to 2147483647, got 0"),
+        ({"n": -5}, "gemm_plan: n must be from 1 to 2147483647, got -5"),
+        ({"k": 1 << 31}, "gemm_plan: k must be from 1 to 2147483647, got 2147483648"),
+        ({"sm_count": 0}, "gemm_plan: sm_count must be from 1 to 2147483647, got 0"),
+        ({"b_group_rows": 64}, "gemm_plan: b_group_rows must be 1 or 128, got 64"),
+    ],
+)
+def test_errors(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        gemm_plan(**{"m": 64, "n": 64, "k": 64, "sm_count": 132, **arguments})
