@@ -28,6 +28,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "dgate_codes, Tensor dgate_scales, Tensor dgate_col_codes, Tensor dgate_col_scales, Tensor dup_codes, Tensor dup_scales, "
       "Tensor dup_col_codes, Tensor dup_col_scales, Tensor h_col_codes, Tensor h_col_scales)");
 
+  // rotary position embedding
+  m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
+
   // gemm: a @ b^T
   m.def(
       "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128, Tensor? bias=None, ScalarType "

@@ -13,7 +13,8 @@ from eightfold.models.attention import KVCache, attention_bias, causal_attention
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_loss
 from eightfold.models.precision import Precision, strategy
-from eightfold.models.rotary import inverse_frequencies, rotary_tables, rotate
+from eightfold.models.rotary import inverse_frequencies, rotary_tables
+from eightfold.ops import rotary
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache"]
 
@@ -67,7 +68,7 @@ class DecoderLayer(nn.Module):
         q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
         if attn.q_norm is not None:
             q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
-        q, k = rotate(q, *tables), rotate(k, *tables)
+        q, k = rotary(q, *tables), rotary(k, *tables)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         mixed = self.compute.attention_output(causal_attention(q, k, v, bias), attn.o_proj)

@@ -1,4 +1,4 @@
-"""Rotary position embedding: frequencies (default, linear, llama3 scaling) and the rotation, fp32, rounded once."""
+"""Angles of the rotary position embedding: frequencies (default, linear, llama3 scaling) and their tables, fp32."""
 
 from __future__ import annotations
 
@@ -30,25 +30,3 @@ def rotary_tables(frequency: torch.Tensor, positions: torch.Tensor) -> tuple[tor
     """cos and sin, fp32 [B, T, 1, head_dim / 2], of positions [B, T]."""
     angle = positions[..., None, None].float() * frequency
     return angle.cos(), angle.sin()
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(x, cos, sin):
-        first, second = x.float().chunk(2, dim=-1)
-        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, cos, sin = inputs
-        ctx.save_for_backward(cos, sin)
-
-    @staticmethod
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return _Rotate.apply(grad, cos, -sin), None, None
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates x [B, T, heads, head_dim] (halves paired as in Hugging Face models); saves only the tables."""
-    return _Rotate.apply(x, cos, sin)

@@ -6,6 +6,7 @@ from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
+from eightfold.ops.rotary import rotary
 
 build_info = _library.build_info
 
@@ -25,6 +26,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_quantize",
+    "rotary",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose",

@@ -14,7 +14,7 @@ _ops = torch.ops.eightfold
 
 
 def product(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16) -> Tensor:
-    """torch.ops.eightfold.fp8_gemm, whose defaults are left out: every argument that is no tensor costs 0.5 us a call."""
+    """torch.ops.eightfold.fp8_gemm without arguments at their defaults: each that is no tensor costs 0.5 us a call."""
     if b_group_rows == 128 and out_dtype is torch.bfloat16:
         if bias is None:
             return _ops.fp8_gemm(a, a_scales, b, b_scales)
@@ -69,7 +69,7 @@ def gemm_plan(m: int, n: int, k: int, *, b_group_rows: int = 128, sm_count: int 
         sm_count: multiprocessors; default: those of the current CUDA device, or an H100's 132 where there is none.
 
     Returns {"tile_m", "tile_n", "stages", "tiles_m", "tiles_n", "grid", "waves"}: the rows of a and of b in a tile, the
-    ring of 128-deep steps in shared memory, tiles along each side, blocks launched, tiles of the busiest block. The plan
+    ring of 128-deep steps in shared memory, tiles along each side, blocks launched, tiles of the busiest block. A plan
     moves time only: the bits of a result do not depend on it. Raises ValueError for a size or group out of range.
     """
     from eightfold import _C  # the Python-version-specific half, not needed to run an op

@@ -8,6 +8,7 @@ from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.reference.quant import dequantize, quantize, quantize_both, requantize, transpose_codes
+from eightfold.reference.rotary import rotary
 
 __all__ = [
     "adamw_dre_",
@@ -23,6 +24,7 @@ __all__ = [
     "rms_norm",
     "rms_norm_backward",
     "rms_norm_quantize",
+    "rotary",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose_codes",
