@@ -1,3 +1,3 @@
 """Kernel microbenchmarks, one module a family: `eightfold bench [family ...]`."""
 
-FAMILIES = ("quant", "norm", "activation", "gemm", "optim")
+FAMILIES = ("quant", "norm", "activation", "gemm", "optim", "step")
