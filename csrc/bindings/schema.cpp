@@ -31,6 +31,11 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   // rotary position embedding
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
 
+  // loss
+  m.def(
+      "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16) -> (Tensor loss, Tensor "
+      "grad)");
+
   // gemm: a @ b^T
   m.def(
       "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128, Tensor? bias=None, ScalarType "

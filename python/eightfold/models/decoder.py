@@ -155,8 +155,8 @@ class Decoder(nn.Module):
         """Negative log likelihood of next tokens, fp32 scalar in nats: labels[b, t] is the token that follows ids[b, t]
         (already shifted), -100 where none counts. Mean over the labels that count (0 if none does), or their sum.
 
-        The logits exist for `chunk_tokens` tokens at a time (default: 2^25 logits) and are never kept. The backward can
-        run once.
+        The logits exist for `chunk_tokens` tokens at a time (default: 2^26 logits, at least 1,024 tokens) and are never
+        kept. The backward can run once.
         """
         if labels.shape != ids.shape:
             raise ValueError(f"labels: expected the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}")

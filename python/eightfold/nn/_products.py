@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
+from eightfold.ops import _library, gemm  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
 
 ops = torch.ops.eightfold
 
@@ -93,7 +93,7 @@ def flat(x: Tensor) -> Tensor:
 
 def product(rows: Codes, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, cache: WeightCache | None) -> Tensor:
     """X W^T + bias, [tokens, out_features]."""
-    return ops.fp8_gemm(*rows, *quantize_weight(weight, cache), 128, bias, dtype)
+    return gemm.product(*rows, *quantize_weight(weight, cache), 128, bias, dtype)
 
 
 def input_gradient(grads: list[Codes], weights: list[Tensor], caches: list, dtype: torch.dtype) -> Tensor:
@@ -105,16 +105,16 @@ def input_gradient(grads: list[Codes], weights: list[Tensor], caches: list, dtyp
         codes, scales = quantize_weight(weight, cache)
         transposed = ops.transpose_codes(codes), scales.t().contiguous()
         if total is None:
-            total = ops.fp8_gemm(*rows, *transposed, 128, None, dtype if len(weights) == 1 else torch.float32)
+            total = gemm.product(*rows, *transposed, 128, None, dtype if len(weights) == 1 else torch.float32)
         else:
-            ops.fp8_gemm_accumulate_(total, *rows, *transposed, 128)
+            ops.fp8_gemm_accumulate_(total, *rows, *transposed)
     return total.to(dtype)
 
 
 def weight_gradient(grad_columns: Codes, input_columns: Codes, dtype: torch.dtype) -> Tensor:
     """dY^T X, [out_features, in_features]; tokens are the contraction."""
     (dy, dy_scales), (x, x_scales) = grad_columns, input_columns
-    return ops.fp8_gemm(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
+    return gemm.product(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
 
 
 def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
+from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
@@ -15,6 +16,7 @@ __all__ = [
     "adamw_dre_",
     "add_rms_norm_quantize",
     "build_info",
+    "cross_entropy",
     "dre_dequantize",
     "dre_quantize",
     "fp8_gemm",

@@ -18,7 +18,9 @@ def product(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=tor
     if b_group_rows == 128 and out_dtype is torch.bfloat16:
         if bias is None:
             return _ops.fp8_gemm(a, a_scales, b, b_scales)
-        return _ops.fp8_gemm(a, a_scales, b, b_scales, bias=bias)
+        return _ops.fp8_gemm(a, a_scales, b, b_scales, 128, bias)
+    if bias is None and out_dtype is torch.bfloat16:
+        return _ops.fp8_gemm(a, a_scales, b, b_scales, b_group_rows)
     return _ops.fp8_gemm(a, a_scales, b, b_scales, b_group_rows, bias, out_dtype)
 
 

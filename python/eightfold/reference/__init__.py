@@ -5,6 +5,7 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
+from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.reference.quant import dequantize, quantize, quantize_both, requantize, transpose_codes
@@ -13,6 +14,7 @@ from eightfold.reference.rotary import rotary
 __all__ = [
     "adamw_dre_",
     "add_rms_norm_quantize",
+    "cross_entropy",
     "dequantize",
     "dre_dequantize",
     "dre_quantize",

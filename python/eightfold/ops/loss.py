@@ -1,0 +1,31 @@
+"""The cross-entropy of logits with its gradient from one call: a loss that is computed in chunks keeps no logits."""
+
+import torch
+from torch import Tensor
+
+from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
+
+IGNORED_LABEL = -100
+
+
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, training: bool = False, grad_dtype: torch.dtype = torch.bfloat16
+) -> tuple[Tensor, Tensor | None]:
+    """(log sum exp(logits) - logits[label], softmax(logits) - onehot(label)) of each row, in float32.
+
+    Args:
+        logits: float32 [rows, classes], last dimension contiguous, any row stride.
+        labels: int64 [rows]; -100 gives loss 0 and gradient 0. Another label outside [0, classes) gives NaN.
+        training: whether the gradient is wanted (else None).
+        grad_dtype: of the gradient, torch.bfloat16 or torch.float32; rounded once.
+
+    Raises RuntimeError for other dtypes, shapes or layouts.
+    """
+    loss, grad = torch.ops.eightfold.cross_entropy(logits, labels, training, grad_dtype)
+    return loss, grad if training else None
+
+
+@torch.library.register_fake("eightfold::cross_entropy")
+def _(logits, labels, training=False, grad_dtype=torch.bfloat16):
+    grad = logits.new_empty(logits.shape if training else (0, 0), dtype=grad_dtype)
+    return logits.new_empty(logits.shape[0]), grad
