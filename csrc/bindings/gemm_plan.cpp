@@ -9,11 +9,12 @@ const char* eightfold_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_row
   using namespace eightfold;
   static thread_local std::string text;
   const Fp8GemmPlan plan = fp8_gemm_plan(m, n, k, b_group_rows, sm_count);
-  const Fp8GemmTile& tile = kFp8GemmTiles[plan.tile];
-  const int64_t tiles = plan.tiles_m * plan.tiles_n;
+  const char* kernel = plan.kernel == Fp8GemmKernel::pairs ? "pairs" : "tiles";
+  const int64_t at_once = plan.kernel == Fp8GemmKernel::pairs ? plan.grid / 2 : plan.grid;
   std::ostringstream out;
-  out << "{\"tile_m\": " << tile.m << ", \"tile_n\": " << tile.n << ", \"stages\": " << tile.stages << ", \"tiles_m\": " << plan.tiles_m
-      << ", \"tiles_n\": " << plan.tiles_n << ", \"grid\": " << plan.grid << ", \"waves\": " << (tiles + plan.grid - 1) / plan.grid << "}";
+  out << "{\"kernel\": \"" << kernel << "\", \"tile_m\": " << plan.tile_m << ", \"tile_n\": " << plan.tile_n
+      << ", \"tiles_m\": " << plan.tiles_m << ", \"tiles_n\": " << plan.tiles_n << ", \"grid\": " << plan.grid
+      << ", \"waves\": " << (plan.units + at_once - 1) / at_once << "}";
   text = out.str();
   return text.c_str();
 }

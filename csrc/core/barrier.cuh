@@ -36,13 +36,28 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
     asm volatile(
         "{\n"
         ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2, 10000000;\n"  // sleeps up to 10 ms rather than ask again
         "selp.b32 %0, 1, 0, p;\n"
         "}\n"
         : "=r"(done)
         : "r"(barrier), "r"(parity)
         : "memory");
   } while (done == 0);
+}
+
+// Whether the phase of that parity has completed, without waiting.
+__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+      "selp.b32 %0, 1, 0, p;\n"
+      "}\n"
+      : "=r"(done)
+      : "r"(barrier), "r"(parity)
+      : "memory");
+  return done != 0;
 }
 
 // The place in a ring of `kStages` buffers; producer and consumers step through it alike.

@@ -20,4 +20,14 @@ __device__ __forceinline__ void tma_load_2d(uint32_t shared, const CUtensorMap* 
                : "memory");
 }
 
+// The same, to the same place in every block of the cluster whose bit is set in `blocks`; each counts the bytes on its own barrier.
+__device__ __forceinline__ void tma_load_2d_multicast(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], [%2], %5;" ::
+          "r"(shared),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+
 }  // namespace eightfold

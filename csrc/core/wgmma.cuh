@@ -14,7 +14,12 @@ namespace eightfold {
 // Orders this thread's uses of the accumulators before the instructions that follow; before the first of each batch.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Until at most kPending batches are under way.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+__device__ __forceinline__ void wgmma_wait_all() { wgmma_wait<0>(); }
 
 // The compiler may not move uses of these registers across this point: it cannot see that wgmma writes them later.
 template <int kCount>
@@ -99,6 +104,20 @@ __device__ __forceinline__ bool elect_lane() {
       "}\n"
       : "=r"(elected));
   return elected != 0;
+}
+
+// The threads of one warpgroup; `id` 1 to 15 names the barrier.
+__device__ __forceinline__ void warpgroup_sync(uint32_t id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
+
+// The warpgroup waits for another one's arrival at barrier `id`.
+__device__ __forceinline__ void warpgroup_wait_turn(uint32_t id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
+__device__ __forceinline__ void warpgroup_give_turn(uint32_t id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
+
+// Four 8 x 8 matrices of 16-bit words to shared memory: lane l holds words 2 * (l % 4) and the next of row l / 4 of each, and gives
+// the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
 }
 
 // Registers a thread may use, moved between warpgroups at run time; all four warps of a warpgroup call it.

@@ -6,6 +6,9 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/memory.cuh"
+#include "core/wgmma.cuh"
+#include "gemm/fp8_gemm.h"
 
 namespace eightfold {
 
@@ -16,8 +19,23 @@ struct GemmOutput {
   int32_t m, n;
   DType type, bias_type;
   bool accumulate;  // f32 only
-  bool wide;        // addresses and n allow whole vectors: 8 bf16, 2 floats
+  bool wide;        // addresses and n allow whole vectors of 16 bytes
 };
+
+inline GemmOutput gemm_output(const Fp8GemmArgs& args) {
+  const int64_t vector = args.out_type == DType::bf16 ? 8 : 4;
+  GemmOutput o{};
+  o.out = args.out;
+  o.bias = args.bias;
+  o.ld = args.ldo;
+  o.m = static_cast<int32_t>(args.m);
+  o.n = static_cast<int32_t>(args.n);
+  o.type = args.out_type;
+  o.bias_type = args.bias_type;
+  o.accumulate = args.accumulate;
+  o.wide = args.n % vector == 0 && args.ldo % vector == 0 && reinterpret_cast<uintptr_t>(args.out) % 16 == 0;
+  return o;
+}
 
 // Lane q of each four holds words w[0..3], w[j] being chunk q of block j; after it w[i] is chunk i of block q.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], uint32_t lane) {
@@ -41,14 +59,18 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// Columns past the end read the last one's bias; they are not stored.
-template <class T, int kCount>
-__device__ __forceinline__ void add_bias(const T* bias, float (&acc)[kCount], int32_t n, int64_t column, uint32_t lane) {
+// Columns past the end get none; they are not stored.
+template <int kCount>
+__device__ __forceinline__ void add_tile_bias(const GemmOutput& o, float (&acc)[kCount], int32_t column, uint32_t lane) {
+  if (o.bias == nullptr) return;
 #pragma unroll
   for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const float value = static_cast<float>(bias[min(column + 8 * i + 2 * (lane % 4) + c, static_cast<int64_t>(n - 1))]);
+      const int32_t at = column + 8 * i + 2 * static_cast<int32_t>(lane % 4) + c;
+      if (at >= o.n) continue;
+      const float value = o.bias_type == DType::f32 ? static_cast<const float*>(o.bias)[at]
+                                                    : __bfloat162float(static_cast<const __nv_bfloat16*>(o.bias)[at]);
       acc[4 * i + c] += value;
       acc[4 * i + 2 + c] += value;
     }
@@ -110,17 +132,83 @@ __device__ __forceinline__ void store_f32(const GemmOutput& o, float (&acc)[kCou
 // Writes 64 rows of the tile; `row` is the lane's upper row, `column` the tile's first. All lanes of a warp call it.
 template <int kCount>
 __device__ __forceinline__ void store_tile(const GemmOutput& o, float (&acc)[kCount], int64_t row, int64_t column, uint32_t lane) {
-  if (o.bias != nullptr) {
-    if (o.bias_type == DType::f32) {
-      add_bias(static_cast<const float*>(o.bias), acc, o.n, column, lane);
-    } else {
-      add_bias(static_cast<const __nv_bfloat16*>(o.bias), acc, o.n, column, lane);
-    }
-  }
+  add_tile_bias(o, acc, column, lane);
   if (o.type == DType::bf16) {
     store_bf16(o, acc, row, column, lane);
   } else {
     store_f32(o, acc, row, column, lane);
+  }
+}
+
+// 16 rows of the tile from `row` on, by one warp: its wgmma registers through kBytes of its own shared memory, as many columns at a
+// time as fit, so that each row leaves in whole vectors. Nobody waits for it but the warp's own lanes.
+template <int kBytes, int kCount>
+__device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCount], uint32_t staging, int32_t row, int32_t column,
+                                           uint32_t lane) {
+  constexpr uint32_t kRowBytes = kBytes / 16, kChunks = kRowBytes / 16;  // chunks of 16 bytes, at most 8 a row
+  // Chunk c of row r lies where neither writing columns nor reading rows meets in a bank.
+  auto chunk_at = [&](uint32_t r, uint32_t c)
+                      __attribute__((always_inline)) { return staging + r * kRowBytes + ((c ^ (r / (8 / kChunks)) % kChunks) * 16); };
+  auto write_out = [&](int32_t first, auto zero) __attribute__((always_inline)) {
+    using T = decltype(zero);
+    constexpr int kVector = 16 / sizeof(T);
+    __syncwarp();
+#pragma unroll
+    for (uint32_t i = 0; i < 16 * kChunks / 32; ++i) {
+      const uint32_t r = i * (32 / kChunks) + lane / kChunks, c = lane % kChunks;
+      const int64_t y = row + static_cast<int32_t>(r);
+      const int32_t x = column + first + static_cast<int32_t>(c) * kVector;
+      T* at = static_cast<T*>(o.out) + y * o.ld + x;
+      const uint4 values = load_shared(chunk_at(r, c));
+      if (y >= o.m || x >= o.n) continue;
+      if (o.wide) {
+        if (sizeof(T) == 4 && o.accumulate) {
+          add_global(reinterpret_cast<float*>(at), values);
+        } else {
+          *reinterpret_cast<uint4*>(at) = values;
+        }
+      } else {
+        const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) {
+          if (x + j >= o.n) continue;
+          if constexpr (sizeof(T) == 4) {
+            const float value = __uint_as_float(words[j]);
+            at[j] = o.accumulate ? at[j] + value : value;
+          } else {
+            at[j] = static_cast<T>(words[j / 2] >> (16 * (j % 2)));
+          }
+        }
+      }
+    }
+    __syncwarp();
+  };
+
+  add_tile_bias(o, acc, column, lane);
+  if (o.type == DType::bf16) {
+    constexpr int kColumns = kRowBytes / 2;
+#pragma unroll
+    for (int first = 0; first < 2 * kCount; first += kColumns) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; j += 2) {
+        const float* pair = acc + first / 2 + 4 * j;
+        store_matrices(chunk_at(lane % 16, j + lane / 16), pack_bf16(pair[0], pair[1]), pack_bf16(pair[2], pair[3]),
+                       pack_bf16(pair[4], pair[5]), pack_bf16(pair[6], pair[7]));
+      }
+      write_out(first, uint16_t{});
+    }
+  } else {
+    constexpr int kColumns = kRowBytes / 4;
+#pragma unroll
+    for (int first = 0; first < 2 * kCount; first += kColumns) {
+#pragma unroll
+      for (int j = 0; j < kColumns / 8; ++j) {
+        const float* block = acc + first / 2 + 4 * j;
+        store_shared(chunk_at(lane / 4, 2 * j + lane % 4 / 2) + lane % 2 * 8, block[0], block[1]);
+        store_shared(chunk_at(lane / 4 + 8, 2 * j + lane % 4 / 2) + lane % 2 * 8, block[2], block[3]);
+      }
+      write_out(first, float{});
+    }
   }
 }
 

@@ -1,61 +1,73 @@
-// Which tile the Hopper kernel takes for a shape. The choice moves time only: every tile adds the same products in the same
-// order, so the bits of the result do not depend on it.
+// Which kernel and tile a shape takes on Hopper. The choice moves time only: every kernel adds the same products in the same order,
+// so the bits of the result do not depend on it.
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 namespace eightfold {
 
-// m rows of a by n rows of b; a tile lies inside one group of 128 rows of b. Stages fill shared memory.
-struct Fp8GemmTile {
-  int m, n, stages;
+enum class Fp8GemmKernel {
+  pairs,  // fp8_gemm_pairs_sm90.cu: large tiles, two blocks share an operand
+  tiles,  // fp8_gemm_tiles_sm90.cu: small tiles, one block each
 };
-constexpr Fp8GemmTile kFp8GemmTiles[] = {{256, 128, 4}, {128, 128, 6}, {64, 128, 8}, {64, 32, 14}};
-constexpr int kFp8GemmTileCount = 4;
 
 struct Fp8GemmPlan {
-  int tile;  // index into kFp8GemmTiles
-  int64_t tiles_m, tiles_n;
-  int grid;  // blocks of the persistent grid
+  Fp8GemmKernel kernel;
+  int tile_m, tile_n;        // rows of a, rows of b
+  int64_t tiles_m, tiles_n;  // whole tiles that cover the output
+  int64_t units;             // what the grid walks: pairs of tiles, or tiles
+  int grid;                  // blocks of the persistent grid
+  bool share_a;              // pairs: neighbours along n, which share rows of a; else along m, which share rows of b
 };
 
-// A tile of 256 rows leaves no registers for a scale per column.
-constexpr bool fp8_gemm_tile_allowed(int tile, int b_group_rows) { return b_group_rows == 128 || kFp8GemmTiles[tile].m <= 128; }
+constexpr int kFp8GemmPairRows[] = {256, 192, 128};             // by 128 rows of b
+constexpr int kFp8GemmTileShapes[][2] = {{64, 128}, {64, 32}};  // a tile lies inside one group of 128 rows of b
 
-// Estimated clocks of the busiest multiprocessor. A multiprocessor's tensor cores do 32 outputs of a 128-deep step a clock and
-// its fp32 lanes 128 promotions; the cache feeds it about 46 bytes a clock when all ask. Two math warpgroups hide one's promotion
-// behind the other's products; one alone does both in turn.
-inline int64_t fp8_gemm_tile_clocks(const Fp8GemmTile& tile, int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
-  const int64_t tiles = ((m + tile.m - 1) / tile.m) * ((n + tile.n - 1) / tile.n);
-  const int64_t waves = (tiles + sm_count - 1) / sm_count;
-  const int64_t outputs = int64_t{tile.m} * tile.n;
-  const int64_t products = outputs / 32;
-  const int64_t promotion = outputs / 128 * (b_group_rows == 1 ? 2 : 1);
-  const int64_t latency = 100;
-  const int64_t chain = tile.m >= 128 ? (products + promotion) / 2 + latency : products + promotion + latency;
-  const int64_t loads = ((m < tile.m ? m : tile.m) + tile.n) * 128 / 46;
-  int64_t step = products;
-  if (chain > step) step = chain;
-  if (loads > step) step = loads;
-  const int64_t epilogue = 1000 + outputs / 16;
-  return waves * ((k + 127) / 128 * step + epilogue);
+inline int64_t fp8_gemm_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
+
+// Clocks of the busiest multiprocessor. Its tensor cores do 32 outputs of a 128-deep step a clock; measured on an H100, the tiles of
+// pairs keep them busy for this share (in percent) of the time, with one scale for a tile of b or with one per column.
+inline int64_t fp8_gemm_pairs_clocks(int rows, int64_t waves, int64_t steps, bool column_scales) {
+  const int busy = rows == 256 ? (column_scales ? 56 : 80) : rows == 192 ? (column_scales ? 56 : 83) : (column_scales ? 50 : 67);
+  return waves * (steps * rows * 4 * 100 / busy + 1500);
+}
+
+// One math warpgroup multiplies, then promotes; the cache feeds a multiprocessor about 46 bytes a clock when all ask.
+inline int64_t fp8_gemm_tiles_clocks(int rows, int columns, int64_t waves, int64_t steps, bool column_scales) {
+  const int64_t outputs = int64_t{rows} * columns;
+  const int64_t chain = outputs / 32 + outputs / 128 * (column_scales ? 2 : 1) + 100, loads = (rows + columns) * 128 / 46;
+  return waves * (steps * (chain > loads ? chain : loads) + 1000 + outputs / 16);
 }
 
 inline Fp8GemmPlan fp8_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
-  int best = -1;
-  int64_t best_clocks = 0;
-  for (int tile = 0; tile < kFp8GemmTileCount; ++tile) {
-    if (!fp8_gemm_tile_allowed(tile, b_group_rows)) continue;
-    const int64_t clocks = fp8_gemm_tile_clocks(kFp8GemmTiles[tile], m, n, k, b_group_rows, sm_count);
-    if (best < 0 || clocks < best_clocks) {
-      best = tile;
-      best_clocks = clocks;
+  const int64_t steps = fp8_gemm_tiles(k, 128);
+  const bool column_scales = b_group_rows == 1;
+  Fp8GemmPlan best{};
+  int64_t best_clocks = INT64_MAX;
+  auto consider = [&](const Fp8GemmPlan& plan, int64_t clocks) {
+    if (clocks >= best_clocks) return;
+    best = plan;
+    best_clocks = clocks;
+  };
+  const int64_t most_pairs = sm_count / 2;
+  for (int rows : kFp8GemmPairRows) {
+    if (k == 0 || most_pairs == 0) break;
+    const int64_t tiles_m = fp8_gemm_tiles(m, rows), tiles_n = fp8_gemm_tiles(n, 128);
+    for (bool share_a : {true, false}) {
+      const int64_t pairs = share_a ? tiles_m * fp8_gemm_tiles(tiles_n, 2) : fp8_gemm_tiles(tiles_m, 2) * tiles_n;
+      const int grid = static_cast<int>(2 * (pairs < most_pairs ? pairs : most_pairs));
+      consider({Fp8GemmKernel::pairs, rows, 128, tiles_m, tiles_n, pairs, grid, share_a},
+               fp8_gemm_pairs_clocks(rows, fp8_gemm_tiles(pairs, most_pairs), steps, column_scales));
     }
   }
-  const int64_t tiles_m = (m + kFp8GemmTiles[best].m - 1) / kFp8GemmTiles[best].m;
-  const int64_t tiles_n = (n + kFp8GemmTiles[best].n - 1) / kFp8GemmTiles[best].n;
-  const int64_t tiles = tiles_m * tiles_n;
-  return {best, tiles_m, tiles_n, static_cast<int>(tiles < sm_count ? tiles : sm_count)};
+  for (const auto& shape : kFp8GemmTileShapes) {
+    const int64_t tiles_m = fp8_gemm_tiles(m, shape[0]), tiles_n = fp8_gemm_tiles(n, shape[1]), tiles = tiles_m * tiles_n;
+    const int grid = static_cast<int>(tiles < sm_count ? tiles : sm_count);
+    consider({Fp8GemmKernel::tiles, shape[0], shape[1], tiles_m, tiles_n, tiles, grid, false},
+             fp8_gemm_tiles_clocks(shape[0], shape[1], fp8_gemm_tiles(tiles, sm_count), steps, column_scales));
+  }
+  return best;
 }
 
 }  // namespace eightfold

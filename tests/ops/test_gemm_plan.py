@@ -12,11 +12,16 @@ SHAPES = [(1, 4096, 4096), (64, 24576, 1536), (8192, 11008, 4096), (4096, 2176, 
 def test_plan_covers_the_result(shape, b_group_rows):
     m, n, _ = shape
     plan = gemm_plan(*shape, b_group_rows=b_group_rows, sm_count=132)
-    assert set(plan) == {"tile_m", "tile_n", "stages", "tiles_m", "tiles_n", "grid", "waves"}
+    assert set(plan) == {"kernel", "tile_m", "tile_n", "tiles_m", "tiles_n", "grid", "waves"}
     assert (plan["tiles_m"] - 1) * plan["tile_m"] < m <= plan["tiles_m"] * plan["tile_m"]
     assert (plan["tiles_n"] - 1) * plan["tile_n"] < n <= plan["tiles_n"] * plan["tile_n"]
     assert 0 < plan["grid"] <= 132
-    assert plan["grid"] * (plan["waves"] - 1) < plan["tiles_m"] * plan["tiles_n"] <= plan["grid"] * plan["waves"]
+    assert plan["tiles_m"] * plan["tiles_n"] <= plan["grid"] * plan["waves"]
+
+
+def test_kernels():
+    assert gemm_plan(8192, 8192, 8192, sm_count=132)["kernel"] == "pairs"
+    assert gemm_plan(200, 576, 576, sm_count=132)["kernel"] == "tiles"
 
 
 def test_plan_is_deterministic():
