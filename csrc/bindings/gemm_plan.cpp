@@ -9,7 +9,8 @@ const char* eightfold_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_row
   using namespace eightfold;
   static thread_local std::string text;
   const Fp8GemmPlan plan = fp8_gemm_plan(m, n, k, b_group_rows, sm_count);
-  const char* kernel = plan.kernel == Fp8GemmKernel::pairs ? "pairs" : "tiles";
+  const char* const kernels[] = {"small", "pairs", "tiles"};
+  const char* kernel = kernels[static_cast<int>(plan.kernel)];
   const int64_t at_once = plan.kernel == Fp8GemmKernel::pairs ? plan.grid / 2 : plan.grid;
   std::ostringstream out;
   out << "{\"kernel\": \"" << kernel << "\", \"tile_m\": " << plan.tile_m << ", \"tile_n\": " << plan.tile_n

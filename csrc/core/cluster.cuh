@@ -19,6 +19,14 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
+// The same, where nothing but the meeting counts, or barrier_init_fence() has made the barriers seen: no fence of all memory.
+__device__ __forceinline__ void cluster_meet() {
+  asm volatile(
+      "barrier.cluster.arrive.relaxed;\n"
+      "barrier.cluster.wait;\n" ::
+          : "memory");
+}
+
 // The address by which this block reaches what lies at `shared` in block `rank`.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t rank) {
   uint32_t address;

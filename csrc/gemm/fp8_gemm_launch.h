@@ -10,5 +10,6 @@ namespace eightfold {
 
 void fp8_gemm_pairs_sm90(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream);
 void fp8_gemm_tiles_sm90(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream);
+void fp8_gemm_small_sm90(const Fp8GemmArgs& args, int device, cudaStream_t stream);
 
 }  // namespace eightfold

@@ -5,9 +5,12 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "gemm/fp8_gemm_small.h"
+
 namespace eightfold {
 
 enum class Fp8GemmKernel {
+  small,  // fp8_gemm_small_sm90.cu: at most 128 rows of a; streams b
   pairs,  // fp8_gemm_pairs_sm90.cu: large tiles, two blocks share an operand
   tiles,  // fp8_gemm_tiles_sm90.cu: small tiles, one block each
 };
@@ -16,7 +19,7 @@ struct Fp8GemmPlan {
   Fp8GemmKernel kernel;
   int tile_m, tile_n;        // rows of a, rows of b
   int64_t tiles_m, tiles_n;  // whole tiles that cover the output
-  int64_t units;             // what the grid walks: pairs of tiles, or tiles
+  int64_t units;             // what the grid walks: tiles, or pairs of them
   int grid;                  // blocks of the persistent grid
   bool share_a;              // pairs: neighbours along n, which share rows of a; else along m, which share rows of b
 };
@@ -41,6 +44,10 @@ inline int64_t fp8_gemm_tiles_clocks(int rows, int columns, int64_t waves, int64
 }
 
 inline Fp8GemmPlan fp8_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
+  if (fp8_gemm_small_takes(m, b_group_rows)) {
+    const Fp8GemmSmallPlan p = fp8_gemm_small_plan(m, n, k, sm_count);
+    return {Fp8GemmKernel::small, 64, p.width, p.halves, p.tiles, p.halves * p.tiles, p.grid, false};
+  }
   const int64_t steps = fp8_gemm_tiles(k, 128);
   const bool column_scales = b_group_rows == 1;
   Fp8GemmPlan best{};

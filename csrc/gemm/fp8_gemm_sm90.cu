@@ -30,6 +30,7 @@ void fp8_gemm_sm90(const Fp8GemmArgs& args, void* stream) {
   }
   const auto s = static_cast<cudaStream_t>(stream);
   switch (plan.kernel) {
+    case Fp8GemmKernel::small: return fp8_gemm_small_sm90(args, device, s);
     case Fp8GemmKernel::pairs: return fp8_gemm_pairs_sm90(args, plan, device, s);
     case Fp8GemmKernel::tiles: return fp8_gemm_tiles_sm90(args, plan, device, s);
   }

@@ -1,0 +1,70 @@
+"""fp8_gemm of at most 128 rows, a kernel of its own on Hopper: the bits of many rows, no race with its neighbours."""
+
+import pytest
+import torch
+
+from eightfold.ops import gemm, quant
+from eightfold.ops.quant import QuantizedTensor
+from eightfold.reference import quant as reference_quant
+from products import on_device, operand
+
+
+@pytest.mark.parametrize("n", [16, 4096, 4608, 6144, 7168, 8448, 24576])  # a tile width each, on 132 multiprocessors
+def test_few_rows_give_the_bits_of_many(device, n):
+    k = 272  # three groups, the last ragged
+    b = operand(n, k, (128, 128), device)
+    x = torch.randn(300, k) * 10 ** torch.empty(300, 1).uniform_(-3, 3)
+    bias = torch.randn(n, device=device)
+
+    def product(rows):
+        a = QuantizedTensor(*reference_quant.quantize(rows.contiguous(), [1, 128]), (1, 128))
+        return gemm.fp8_gemm(on_device(a, device), b, bias)
+
+    whole = product(x)
+    for m in (1, 8, 17, 64, 65, 127, 128):
+        assert torch.equal(product(x[m : 2 * m]), whole[m : 2 * m]), m
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 31, 32, 33, 65, 128])
+def test_every_count_of_groups(device, steps):
+    """Groups of K go through a ring of stages and up to four sets of registers, b's scales through registers by 32."""
+    b = operand(144, 128 * steps, (128, 128), device)
+    x = torch.randn(130, 128 * steps)
+
+    def product(rows):
+        a = QuantizedTensor(*reference_quant.quantize(rows.contiguous(), [1, 128]), (1, 128))
+        return gemm.fp8_gemm(on_device(a, device), b, out_dtype=torch.float32)
+
+    whole = product(x)
+    for m in (3, 40, 128):
+        assert torch.equal(product(x[:m]), whole[:m]), m
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 24, 64, 128])
+def test_kernels_that_start_early_wait_for_what_they_read(m):
+    """Each product reads what the kernel before it wrote, in a graph and out of it."""
+    n = k = 2048
+    weights = [quant.quantize(torch.randn(n, k, device="cuda") / k**0.5, (128, 128)) for _ in range(4)]
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    a = quant.quantize(x, (1, 128))
+    total = torch.zeros(m, n, device="cuda")
+
+    def chain(pause):
+        total.zero_()
+        y = x
+        for i in range(24):
+            gemm.fp8_gemm_accumulate_(total, a, weights[i % 4])
+            pause()
+            y = gemm.fp8_gemm(quant.quantize(y, (1, 128)), weights[i % 4])
+            pause()
+        return total, y
+
+    expected = [t.clone() for t in chain(torch.cuda.synchronize)]
+    assert all(torch.equal(t, e) for t, e in zip(chain(lambda: None), expected, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = chain(lambda: None)
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(t, e) for t, e in zip(results, expected, strict=True))
