@@ -29,6 +29,7 @@ class Case:
     flop: float = 0.0
     bytes: float = 0.0
     peers: dict[str, Run] = field(default_factory=dict)
+    queue_cycles: int = 20_000  # the device waits so long while the host queues a run, so host time is not measured
 
 
 @dataclass
@@ -72,28 +73,28 @@ class Bench:
         times = self._interleaved({"copy": lambda: target.copy_(source), "matmul": matmul})
         return 2 * source.numel() / times["copy"] / 1e3, 2 * n**3 / times["matmul"] / 1e6
 
-    def _time_once(self, run: Run) -> float:
+    def _time_once(self, run: Run, queue_cycles: int) -> float:
         if self.device.type == "cpu":
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e6
         self.flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(20_000)  # the launches below queue up behind this, so host time is not measured
+        torch.cuda._sleep(queue_cycles)
         start.record()
         run()
         end.record()
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    def _interleaved(self, runs: dict[str, Run]) -> dict[str, float]:
+    def _interleaved(self, runs: dict[str, Run], queue_cycles: int = 20_000) -> dict[str, float]:
         for run in runs.values():
             for _ in range(2):
                 run()
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.rounds):
             for name, run in runs.items():
-                samples[name].append(self._time_once(run))
+                samples[name].append(self._time_once(run, queue_cycles))
         return {name: statistics.median(values) for name, values in samples.items()}
 
     def add(self, case: Case) -> Line:
@@ -107,7 +108,7 @@ class Bench:
                 usable[name] = run
             except Exception as reason:  # a peer that cannot take this shape is left out, visibly
                 print(f"  peer {name} left out at {case.shape}: {str(reason).splitlines()[0][:90]}")
-        times = self._interleaved({"ours": case.ours, **usable})
+        times = self._interleaved({"ours": case.ours, **usable}, case.queue_cycles)
         us = times.pop("ours")
         best = min(times, key=times.get) if times else None
         tflops = case.flop / us / 1e6 if case.flop else None

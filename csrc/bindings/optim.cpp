@@ -75,16 +75,23 @@ Tensor dre_dequantize(const Tensor& codes, const Tensor& maxima, const Tensor& e
 
 constexpr const char* kAdamw = "adamw_dre_";
 
-// Contiguous, `numel` elements, on the device of `like`, dtype one of two.
-void check_entry(const Tensors& list, size_t i, const char* name, int64_t numel, const Tensor& like, ScalarType type, ScalarType other) {
+struct Place {
+  const Tensor& like;
+  bool is_cpu = like.is_cpu();
+  int32_t index = like.get_device_index();
+};
+
+// Contiguous, `numel` elements, on the device of `place`, dtype one of two.
+void check_entry(const Tensors& list, size_t i, const char* name, int64_t numel, const Place& place, ScalarType type, ScalarType other) {
   const Tensor& t = list[i];
-  bool typed = t.scalar_type() == type || t.scalar_type() == other;
+  const ScalarType own = t.scalar_type();
+  bool typed = own == type || own == other;
   EF_CHECK(typed, kAdamw, ": ", name, "[", i, "] must be ", name_of(type), type == other ? "" : " or ", type == other ? "" : name_of(other),
            ", got ", name_of(t.scalar_type()));
   EF_CHECK(t.numel() == numel, kAdamw, ": ", name, "[", i, "] must have ", numel, " elements, got shape ", shape_of(t));
   EF_CHECK(t.is_contiguous(), kAdamw, ": ", name, "[", i, "] must be contiguous, got shape ", shape_of(t), " with strides ", strides_of(t));
-  bool same = t.is_cpu() == like.is_cpu() && t.get_device_index() == like.get_device_index();
-  EF_CHECK(same, kAdamw, ": ", name, "[", i, "] is on ", device_of(t), " but params[0] is on ", device_of(like));
+  bool same = t.get_device_index() == place.index && t.is_cpu() == place.is_cpu;
+  EF_CHECK(same, kAdamw, ": ", name, "[", i, "] is on ", device_of(t), " but params[0] is on ", device_of(place.like));
 }
 
 void check_length(size_t length, size_t expected, const char* name) {
@@ -134,6 +141,7 @@ void adamw_dre_(const Tensors& params, const Tensors& grads, const Tensors& mast
                        static_cast<uint64_t>(seed)};
   std::vector<AdamwTensor> tensors;
   tensors.reserve(count);
+  const Place place{like};
   for (size_t i = 0; i < count; ++i) {
     const int64_t numel = params[i].numel(), row_length = row_lengths[i];
     constexpr ScalarType f32 = ScalarType::Float, bf16 = ScalarType::BFloat16, u8 = ScalarType::Byte, e4m3 = ScalarType::Float8_e4m3fn;
@@ -142,17 +150,17 @@ void adamw_dre_(const Tensors& params, const Tensors& grads, const Tensors& mast
     EF_CHECK(offsets[i] >= 0, kAdamw, ": offsets[", i, "] must not be negative, got ", offsets[i]);
     const int64_t rows = numel / row_length, groups = rows * groups_per_row(row_length);
     EF_CHECK(groups <= kMaxGroups, kAdamw, ": params[", i, "] has more than ", kMaxGroups, " groups of 128");
-    check_entry(params, i, "params", numel, like, f32, bf16);
-    check_entry(grads, i, "grads", numel, like, f32, bf16);
+    check_entry(params, i, "params", numel, place, f32, bf16);
+    check_entry(grads, i, "grads", numel, place, f32, bf16);
     const bool mastered = masters[i].numel() != 0;
-    if (mastered) check_entry(masters, i, "masters", numel, like, f32, f32);
-    check_entry(m_codes, i, "m_codes", numel, like, e4m3, e4m3);
-    check_entry(v_codes, i, "v_codes", numel, like, e4m3, e4m3);
-    check_entry(m_maxima, i, "m_maxima", groups, like, f32, f32);
-    check_entry(v_maxima, i, "v_maxima", groups, like, f32, f32);
-    check_entry(m_exponents, i, "m_exponents", groups, like, u8, u8);
-    check_entry(v_exponents, i, "v_exponents", groups, like, u8, u8);
-    check_entry(steps, i, "steps", 1, like, f32, f32);
+    if (mastered) check_entry(masters, i, "masters", numel, place, f32, f32);
+    check_entry(m_codes, i, "m_codes", numel, place, e4m3, e4m3);
+    check_entry(v_codes, i, "v_codes", numel, place, e4m3, e4m3);
+    check_entry(m_maxima, i, "m_maxima", groups, place, f32, f32);
+    check_entry(v_maxima, i, "v_maxima", groups, place, f32, f32);
+    check_entry(m_exponents, i, "m_exponents", groups, place, u8, u8);
+    check_entry(v_exponents, i, "v_exponents", groups, place, u8, u8);
+    check_entry(steps, i, "steps", 1, place, f32, f32);
     if (numel == 0) continue;
     tensors.push_back({params[i].data_ptr(), grads[i].data_ptr(), mastered ? static_cast<float*>(masters[i].data_ptr()) : nullptr,
                        static_cast<uint8_t*>(m_codes[i].data_ptr()), static_cast<uint8_t*>(v_codes[i].data_ptr()),

@@ -24,10 +24,17 @@ __device__ __forceinline__ float lg2_approx_subnormal(float x) {
   return y;
 }
 
-// sqrt(x), subnormals included.
+// sqrt(x); subnormals count as 0.
 __device__ __forceinline__ float sqrt_approx(float x) {
   float y;
-  asm("sqrt.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// 1 / x; 0 for |x| above 2^126, infinite for subnormals.
+__device__ __forceinline__ float rcp_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

@@ -13,20 +13,31 @@ struct PhiloxWords {
   uint32_t w[4];
 };
 
-EF_HD PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint64_t key) {
-  uint32_t k0 = static_cast<uint32_t>(key), k1 = static_cast<uint32_t>(key >> 32);
+constexpr int kPhiloxRounds = 10;
+
+// The key of each round; a kernel that has them as parameters adds nothing to its rounds.
+struct PhiloxKeys {
+  uint32_t k[2 * kPhiloxRounds];
+
+  EF_HD explicit PhiloxKeys(uint64_t key) {
+    for (int round = 0; round < kPhiloxRounds; ++round) {
+      k[2 * round] = static_cast<uint32_t>(key) + round * 0x9E3779B9u;
+      k[2 * round + 1] = static_cast<uint32_t>(key >> 32) + round * 0xBB67AE85u;
+    }
+  }
+};
+
+EF_HD PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, const PhiloxKeys& keys) {
 #if defined(__CUDA_ARCH__)
 #pragma unroll
 #endif
-  for (int round = 0; round < 10; ++round) {
+  for (int round = 0; round < kPhiloxRounds; ++round) {
     uint64_t a = static_cast<uint64_t>(c0) * 0xD2511F53u;
     uint64_t b = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
-    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ k0;
-    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ k1;
+    c0 = static_cast<uint32_t>(b >> 32) ^ c1 ^ keys.k[2 * round];
+    c2 = static_cast<uint32_t>(a >> 32) ^ c3 ^ keys.k[2 * round + 1];
     c1 = static_cast<uint32_t>(b);
     c3 = static_cast<uint32_t>(a);
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
   }
   return {{c0, c1, c2, c3}};
 }

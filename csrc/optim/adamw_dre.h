@@ -7,14 +7,18 @@
 //
 // Data movement, once each way: parameter, gradient (read), 2 x 1.039 bytes of state. Floor per parameter: 10.2 B with bf16
 // parameters and gradients, 16.2 B with fp32 (28 B for AdamW with fp32 states): 3.4 and 5.4 ms for 1 G parameters at 3.0 TB/s.
-// Arithmetic is 10 special-function operations an element (four powers are 8), 0.63 cycles of an SM: below the bf16 floor's
-// 0.79 cycles by little, so everything else is fused multiply-adds and packed FP8 conversions.
+// Arithmetic is 10 powers, roots and reciprocals an element, two of them read from a table in shared memory; the special-function
+// unit takes 0.53 cycles of an SM for the others, below the bf16 floor's 0.79, and the 55 instructions 0.43.
 //
-// Shape of the kernel (sm_90a): 8 lanes own a group of 128, each lane 4 granules of 4 elements interleaved so that every load of a
-// warp is whole sectors; the two maxima and minima fold in 3 shuffles. One launch takes up to kMaxTensors tensors in its
-// parameter block; a block of threads finds its tensor there and walks 128 groups of it. The CPU kernel is the same over groups.
+// Shape of the kernel (sm_90a): 8 lanes own a group of 128, each lane packs of 8 (fp32 parameters: 4) neighbours interleaved so
+// that every load of a warp is whole sectors. With bf16 a lane loads its next group before it encodes this one. Moments are kept
+// in units in which a decoded power and its group's factor are one operand of the update's multiply-add (UnitConstants). Even
+// lanes reduce and work out the scale of m, odd lanes that of v. One launch takes up to kMaxTensors tensors in its parameter
+// block; a block of threads finds its tensor there and takes a group for every 8 lanes, then those a stride of all blocks of that
+// tensor further, so that what is in flight lies together. Tensors that are not aligned or have rows that are no multiple of 128,
+// and stochastic states, take a second instantiation. The CPU kernel is the same over groups, with dre.h's own arithmetic.
 //
-// Random bits are Philox words of (global element index, step), keyed by the seed: see random_word.
+// Random bits are Philox words of (global element index, step), keyed by the seed: see random_words.
 #pragma once
 
 #include <cmath>
@@ -64,6 +68,23 @@ inline AdamwConstants adamw_constants(const AdamwOptions& o) {
           static_cast<float>(o.eps),       static_cast<float>(o.weight_decay)};
 }
 
+// The CUDA kernel's units: gradients times 2^12, m times 2^12 / (1 - beta1), v times 2^24 / (1 - beta2). Fresh gradients then
+// need no factor, and no second moment that fp32 can hold is subnormal.
+constexpr float kMomentUnit = 4096.0f;
+
+struct UnitConstants {
+  AdamwConstants plain;
+  float m_feed, v_feed;  // stored maximum -> decayed moment in its unit
+  float m_unit, v_unit;  // moment in its unit -> moment
+  float root_unit;       // sqrt(v) in its unit -> sqrt(v)
+};
+
+inline UnitConstants unit_constants(const AdamwOptions& o) {
+  const double unit = kMomentUnit, m = (1 - o.beta1) / unit, v = (1 - o.beta2) / (unit * unit);
+  return {adamw_constants(o),    static_cast<float>(o.beta1 / m), static_cast<float>(o.beta2 / v),
+          static_cast<float>(m), static_cast<float>(v),           static_cast<float>(std::sqrt(v))};
+}
+
 // What one step of one tensor needs: bias corrections are -expm1(t log b), exact where 1 - b^t would cancel.
 struct AdamwScalars {
   float grad_scale, decay, step_size, root_scale;
@@ -74,16 +95,24 @@ EF_HD AdamwScalars adamw_scalars(const AdamwConstants& c, float lr, float step, 
   return {grad_scale, 1.0f - lr * c.weight_decay, lr / correction1, 1.0f / sqrtf(correction2)};
 }
 
-// One word for each element and purpose; four neighbours share a Philox call. purpose 0: bits 0-15 round the parameter;
-// purpose 1: bits 0-15 round m, bits 16-31 round v.
-EF_HD PhiloxWords random_words(uint64_t block, uint32_t step, uint32_t purpose, uint64_t seed) {
-  return philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), step, purpose, seed);
+// Random bits. Purpose 0 rounds parameters: eight neighbours share a Philox block, 16 bits each, the even element the low half of
+// a word. Purpose 1 rounds states: four neighbours share a block, a word each, bits 0-15 for m and 16-31 for v.
+EF_HD PhiloxWords random_words(uint64_t block, uint32_t step, uint32_t purpose, const PhiloxKeys& keys) {
+  return philox4x32(static_cast<uint32_t>(block), static_cast<uint32_t>(block >> 32), step, purpose, keys);
 }
 
-EF_HD uint32_t random_word(uint64_t element, uint32_t step, uint32_t purpose, uint64_t seed) {
-  PhiloxWords words = random_words(element >> 2, step, purpose, seed);
-  uint32_t low = element & 1 ? words.w[1] : words.w[0], high = element & 1 ? words.w[3] : words.w[2];
-  return element & 2 ? high : low;
+EF_HD uint32_t random_word(PhiloxWords words, uint32_t index) {
+  uint32_t low = index & 1 ? words.w[1] : words.w[0], high = index & 1 ? words.w[3] : words.w[2];
+  return index & 2 ? high : low;
+}
+
+EF_HD uint32_t random_for_param(uint64_t element, uint32_t step, const PhiloxKeys& keys) {
+  const uint32_t word = random_word(random_words(element >> 3, step, 0, keys), static_cast<uint32_t>(element >> 1));
+  return element & 1 ? word >> 16 : word & 0xFFFFu;
+}
+
+EF_HD uint32_t random_for_states(uint64_t element, uint32_t step, const PhiloxKeys& keys) {
+  return random_word(random_words(element >> 2, step, 1, keys), static_cast<uint32_t>(element));
 }
 
 // Up with probability (distance to the lower neighbour) / spacing; exact values stay. NaN and Inf as in rounding to nearest.

@@ -16,21 +16,27 @@ struct Work {
   AdamwScalars scalars;
   uint32_t step;
   bool stochastic_states;
-  uint64_t seed;
+  PhiloxKeys keys;
   int64_t first_group, groups_per_row;
 };
 
-// Words of elements [first, first + count): one Philox call for four neighbours.
-EF_HD void fill_random(uint32_t* words, int count, uint64_t first, uint32_t step, uint32_t purpose, uint64_t seed) {
-  constexpr int kBlocks = kDreGroup / 4 + 1;
-  uint32_t all[4 * kBlocks];
-  const uint64_t block = first >> 2;
-  const int skip = static_cast<int>(first & 3), blocks = (skip + count + 3) / 4;
+// For elements [first, first + count): the 16 bits that round a parameter (purpose 0), or the word that rounds its states (1).
+template <uint32_t kPurpose>
+EF_HD void fill_random(uint32_t* random, int count, uint64_t first, uint32_t step, const PhiloxKeys& keys) {
+  constexpr int kPerBlock = kPurpose == 0 ? 8 : 4;
+  uint32_t all[kDreGroup + 2 * kPerBlock];
+  const uint64_t block = first / kPerBlock;
+  const int skip = static_cast<int>(first % kPerBlock), blocks = (skip + count + kPerBlock - 1) / kPerBlock;
   for (int b = 0; b < blocks; ++b) {
-    PhiloxWords four = random_words(block + b, step, purpose, seed);
-    for (int i = 0; i < 4; ++i) all[4 * b + i] = four.w[i];
+    const PhiloxWords four = random_words(block + b, step, kPurpose, keys);
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (kPurpose == 0)
+        all[8 * b + 2 * i] = four.w[i] & 0xFFFFu, all[8 * b + 2 * i + 1] = four.w[i] >> 16;
+      else
+        all[4 * b + i] = four.w[i];
+    }
   }
-  for (int i = 0; i < count; ++i) words[i] = all[skip + i];
+  for (int i = 0; i < count; ++i) random[i] = all[skip + i];
 }
 
 EF_HD void load(const void* source, DType type, int64_t begin, int count, float* out) {
@@ -67,7 +73,7 @@ EF_HD void store_param(const Work& work, int64_t begin, int count, const float* 
     for (int i = 0; i < count; ++i) out[i] = float_to_bf16(p[i]);
   } else {
     uint32_t random[kDreGroup];
-    fill_random(random, count, static_cast<uint64_t>(t.offset + begin), work.step, 0, work.seed);
+    fill_random<0>(random, count, static_cast<uint64_t>(t.offset + begin), work.step, work.keys);
     for (int i = 0; i < count; ++i) out[i] = float_to_bf16_stochastic(p[i], random[i]);
   }
 }
@@ -77,7 +83,7 @@ EF_HD void encode_states(const Work& work, int64_t group, int64_t begin, int cou
   DreScale m_scale, v_scale;
   if (work.stochastic_states) {
     uint32_t random[kDreGroup];
-    fill_random(random, count, static_cast<uint64_t>(t.offset + begin), work.step, 1, work.seed);
+    fill_random<1>(random, count, static_cast<uint64_t>(t.offset + begin), work.step, work.keys);
     m_scale = encode_group<true>(m, count, t.m_codes + begin, random, 0);
     v_scale = encode_group<true>(v, count, t.v_codes + begin, random, 16);
   } else {
@@ -129,7 +135,7 @@ void adamw_dre_cpu(const AdamwTensor* tensors, int64_t count, const AdamwOptions
     const AdamwTensor& t = tensors[i];
     int64_t groups_per_row = (t.row_length + kDreGroup - 1) / kDreGroup;
     works.push_back({&t, constants, adamw_scalars(constants, *o.lr, *t.step, grad_scale), static_cast<uint32_t>(*t.step),
-                     o.stochastic_states, o.seed, groups, groups_per_row});
+                     o.stochastic_states, PhiloxKeys(o.seed), groups, groups_per_row});
     groups += t.rows * groups_per_row;
   }
   parallel_for(groups, kGrain, [&](int64_t begin, int64_t end) { step_range(works, begin, end); });

@@ -29,6 +29,7 @@ namespace eightfold {
 constexpr int kDreGroup = 128;
 constexpr float kDreBoundLog2 = 16.22239242f;  // log2(448 / (3 2^-9))
 constexpr float kDreTopLog2 = 16.80735492f;    // log2(448 / (2 2^-9))
+constexpr float kE4M3MaxLog2 = 8.80735492f;    // log2(448)
 constexpr uint8_t kDreTopExponent = 255;       // k = 16
 constexpr uint8_t kE4M3Top = 0x7E;             // 448
 constexpr float kE4M3Tiny = 0.001953125f;      // 2^-9, code 1

@@ -255,6 +255,23 @@ def test_strided_parameters_and_gradients(device):
     assert strided.stride() == (1, 256)
 
 
+@pytest.mark.parametrize("change", ["parameter", "state", "state in place"])
+def test_moved_tensors_are_noticed(device, change):
+    a, b = network(device, torch.bfloat16), network(device, torch.bfloat16)
+    moved, left = AdamW(a.parameters(), lr=1e-2), AdamW(b.parameters(), lr=1e-2)
+    train(a, moved, 3), train(b, left, 3)
+    weight, state = a[0].weight, moved.state[a[0].weight]
+    if change == "parameter":
+        weight.data = weight.data.clone()
+    elif change == "state":
+        state["v_maxima"] = state["v_maxima"].clone()
+    else:
+        for t in state.values():
+            t.data = t.data.clone()
+    train(a, moved, 3), train(b, left, 3)
+    assert_same_training(a, b, moved, left)
+
+
 def test_missing_gradients_closures_and_versions():
     model = network()
     model[0].weight.requires_grad_(False)

@@ -4,18 +4,21 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from eightfold.ops.layouts import CODES
 from eightfold.ops.optim import adamw_dre_
 from eightfold.optim import sharding
+from eightfold.optim.batch import STATES_8_BIT, Batch
 from eightfold.optim.sharding import local
 
+GRADIENT_LAYOUT = attrgetter("grad.layout")
 EMPTY_EXPONENT = 255  # k = 16, what a group of zeros has
-STATES_8_BIT = ("m_codes", "m_maxima", "m_exponents", "v_codes", "v_maxima", "v_exponents")
 
 
 class AdamW(torch.optim.Optimizer):
@@ -78,6 +81,7 @@ class AdamW(torch.optim.Optimizer):
         self.max_grad_norm = max_grad_norm
         self.grad_norm: Tensor | None = None
         self._rows: dict[Tensor, sharding.Rows] = {}
+        self._batches: dict[int, tuple[Any, list[Batch]]] = {}
         self._lrs: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
         defaults = {
             "lr": lr,
@@ -92,7 +96,7 @@ class AdamW(torch.optim.Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
-        self._rows = {}
+        self._rows, self._batches = {}, {}
         index = len(self.param_groups) - 1
         for i, param in enumerate(self.param_groups[-1]["params"]):
             if param.dtype not in (torch.float32, torch.bfloat16):
@@ -108,7 +112,7 @@ class AdamW(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._rows, self._lrs = {}, {}
+        self._rows, self._batches, self._lrs = {}, {}, {}
 
     def _rows_of(self, param: Tensor) -> sharding.Rows:
         if not self._rows:
@@ -157,30 +161,47 @@ class AdamW(torch.optim.Optimizer):
                 loss = closure()
         scale = self._clip_scale()
         for index, group in enumerate(self.param_groups):
-            by_device: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.layout != torch.strided:
-                    raise RuntimeError(
-                        f"AdamW: a gradient of shape {tuple(param.shape)} has layout {param.grad.layout}; only dense "
-                        "gradients are supported"
-                    )
-                by_device[local(param).device][sharding.takes_8_bit_states(param)].append(param)
-            for device, (plain, eight_bit) in by_device.items():
-                lr = self._lr_on(device, index)
-                device_scale = None if scale is None else scale.to(device)
-                self._count_step(plain + eight_bit, group)
-                if plain:
-                    self._step_32_bit(plain, group, lr, device_scale)
-                if eight_bit:
-                    self._step_8_bit(eight_bit, group, lr, device_scale)
+            for batch in self._batches_of(index, group):
+                lr = self._lr_on(batch.device, index)
+                device_scale = None if scale is None else scale.to(batch.device)
+                torch._foreach_add_([state["step"] for state in batch.states], 1.0)
+                if batch.eight_bit:  # first: its kernel is long, and hides the host's work for the others
+                    self._step_8_bit(batch, group, lr, device_scale)
+                if batch.plain:
+                    self._step_32_bit(batch.plain, group, lr, device_scale)
         return loss
+
+    def _batches_of(self, index: int, group: dict[str, Any]) -> list[Batch]:
+        """The group's parameters that have gradients, by device; those of the last step where nothing has changed."""
+        params = [p for p in group["params"] if p.grad is not None]
+        if set(map(GRADIENT_LAYOUT, params)) - {torch.strided}:
+            bad = next(p for p in params if p.grad.layout != torch.strided)
+            raise RuntimeError(
+                f"AdamW: a gradient of shape {tuple(bad.shape)} has layout {bad.grad.layout}; only dense gradients are "
+                "supported"
+            )
+        key, batches = self._batches.get(index, (None, []))
+        if key is None or key != self._key(params):
+            split: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+            for param in params:
+                split[param.device][sharding.takes_8_bit_states(param)].append(param)
+            batches = []
+            for device, (plain, eight_bit) in split.items():
+                states, rows = [self._state_of(p, group) for p in eight_bit + plain], map(self._rows_of, eight_bit)
+                batches.append(Batch(device, eight_bit, plain, states, list(rows)))
+            self._batches[index] = self._key(params), batches
+        return batches
+
+    def _key(self, params: list[Tensor]) -> tuple[list, list, list]:
+        # Batches hold on to their parameters and states, so that these ids are not given to others meanwhile.
+        return list(map(id, params)), [p.device for p in params], list(map(id, self.state.values()))
 
     def _clip_scale(self) -> Tensor | None:
         """What gradients are multiplied by, a float32 tensor; None without clipping."""
+        if self.max_grad_norm is None:
+            return None
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if self.max_grad_norm is None or not grads:
+        if not grads:
             return None
         self.grad_norm = sharding.total_norm(grads)
         return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
@@ -197,24 +218,21 @@ class AdamW(torch.optim.Optimizer):
         self._lrs[index, device] = (lr, tensor)
         return tensor
 
-    def _count_step(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        torch._foreach_add_([self._state_of(p, group)["step"] for p in params], 1.0)
-
-    def _step_8_bit(self, params: list[Tensor], group: dict[str, Any], lr: Tensor, scale: Tensor | None) -> None:
-        states = [self.state[p] for p in params]
-        targets = [local(p.detach()) for p in params]
+    def _step_8_bit(self, batch: Batch, group: dict[str, Any], lr: Tensor, scale: Tensor | None) -> None:
+        params, states = batch.eight_bit, batch.states[: len(batch.eight_bit)]
+        targets, nothing = params, lr.new_empty(0)
+        masters = [s.get("master", nothing) for s in states]
+        parts: list[Any] = list(zip(*map(itemgetter(*STATES_8_BIT), states), strict=True))
+        if batch.sharded:
+            targets, masters, *parts = ([local(t) for t in tensors] for tensors in (params, masters, *parts))
         dense = [t.contiguous() for t in targets]
-        rows = [self._rows_of(p) for p in params]
         adamw_dre_(
             dense,
             [_dense_grad(p) for p in params],
-            [
-                local(s["master"]) if "master" in s else t.new_empty(0, dtype=torch.float32)
-                for s, t in zip(states, dense, strict=True)
-            ],
-            *([local(s[name]) for s in states] for name in STATES_8_BIT),
-            [r.length for r in rows],
-            [r.offset for r in rows],
+            masters,
+            *map(list, parts),
+            [r.length for r in batch.rows],
+            [r.offset for r in batch.rows],
             [s["step"] for s in states],
             lr,
             scale,
@@ -226,7 +244,7 @@ class AdamW(torch.optim.Optimizer):
             seed=group["seed"],
         )
         for target, updated in zip(targets, dense, strict=True):
-            if target.data_ptr() != updated.data_ptr():  # a parameter that is not contiguous was updated as a copy
+            if updated is not target:  # a parameter that is not contiguous was updated as a copy
                 target.copy_(updated)
         torch.autograd.graph.increment_version(params)
 
@@ -300,7 +318,11 @@ def _fitted(loaded: dict[str, Any], expected: dict[str, Tensor], param: Tensor, 
 
 
 def _dense_grad(param: Tensor) -> Tensor:
-    grad = local(param.grad).contiguous()
+    grad = param.grad
+    if isinstance(grad, DTensor):
+        grad = grad.to_local()
+    if not grad.is_contiguous():
+        grad = grad.contiguous()
     return grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()
 
 

@@ -55,8 +55,8 @@ def rows_of(param: Tensor, first: int, name: str) -> Rows:
 
 
 def stream_size(param: Tensor) -> int:
-    """Length of a parameter in the random stream: its global elements, up to the next Philox block of four."""
-    return round_up(param.numel(), 4)
+    """Length of a parameter in the random stream: its global elements, up to the next Philox block of eight."""
+    return round_up(param.numel(), 8)
 
 
 def state_like(param: Tensor, value: Tensor, columns: int | None = None) -> Tensor:

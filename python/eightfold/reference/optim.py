@@ -121,19 +121,23 @@ def philox4x32(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: int) -> lis
 
 
 def random_words(offset: int, numel: int, step: int, purpose: int, seed: int, device: torch.device) -> Tensor:
-    """32 random bits (int64) for elements offset .. offset + numel: word i % 4 of Philox block i // 4.
+    """Random bits (int64) for elements offset .. offset + numel.
 
-    Purpose 0 rounds parameters (bits 0-15); purpose 1 rounds states (bits 0-15 for m, 16-31 for v).
+    Purpose 0 rounds parameters: 16 bits, eight elements to a Philox block, the even one in the low half of its word.
+    Purpose 1 rounds states: 32 bits, four elements to a block (bits 0-15 for m, 16-31 for v).
     """
     index = torch.arange(offset, offset + numel, dtype=torch.int64, device=device)
-    block = index >> 2
+    block = index >> (3 if purpose == 0 else 2)
     counter = (
         block & 0xFFFFFFFF,
         block >> 32,
         torch.full_like(block, step),
         torch.full_like(block, purpose),
     )
-    return torch.stack(philox4x32(counter, seed)).gather(0, (index & 3)[None])[0]
+    words = torch.stack(philox4x32(counter, seed))
+    if purpose == 0:
+        return words.gather(0, (index >> 1 & 3)[None])[0] >> 16 * (index & 1) & 0xFFFF
+    return words.gather(0, (index & 3)[None])[0]
 
 
 def to_bf16_stochastic(x: Tensor, random: Tensor) -> Tensor:
