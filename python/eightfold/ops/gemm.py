@@ -70,10 +70,10 @@ def gemm_plan(m: int, n: int, k: int, *, b_group_rows: int = 128, sm_count: int 
         b_group_rows: 128 for b in groups (128, 128), 1 for (1, 128).
         sm_count: multiprocessors; default: those of the current CUDA device, or an H100's 132 where there is none.
 
-    Returns {"kernel", "tile_m", "tile_n", "tiles_m", "tiles_n", "grid", "waves"}: which kernel ("small": up to 128 rows of
-    a; "pairs": large tiles, two blocks share an operand; "tiles": small tiles), the rows of a and of b in a tile, tiles
-    along each side, blocks launched, tiles of the busiest block. A plan moves time only: the bits of a result do not
-    depend on it. Raises ValueError for a size or group out of range.
+    Returns {"kernel", "tile_m", "tile_n", "tiles_m", "tiles_n", "grid", "waves"}: which kernel ("small": up to 128 rows
+    of a; "pairs": large tiles, two blocks share an operand; "tiles": small tiles), the rows of a and of b in a tile,
+    tiles along each side, blocks launched, tiles of the busiest block. A plan moves time only: the bits of a result do
+    not depend on it. Raises ValueError for a size or group out of range.
     """
     from eightfold import _C  # the Python-version-specific half, not needed to run an op
 

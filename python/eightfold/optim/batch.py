@@ -1,4 +1,4 @@
-"""The parameters that a step updates together, kept between steps: sorting them out anew costs as much as the launch."""
+"""The parameters that a step updates together, kept between steps: sorting them anew costs as much as the launch."""
 
 from dataclasses import dataclass
 from typing import Any
