@@ -7,8 +7,9 @@
 //
 // Data movement, once each way: parameter, gradient (read), 2 x 1.039 bytes of state. Floor per parameter: 10.2 B with bf16
 // parameters and gradients, 16.2 B with fp32 (28 B for AdamW with fp32 states): 3.4 and 5.4 ms for 1 G parameters at 3.0 TB/s.
-// Arithmetic is 10 powers, roots and reciprocals an element, two of them read from a table in shared memory; the special-function
-// unit takes 0.53 cycles of an SM for the others, below the bf16 floor's 0.79, and the 55 instructions 0.43.
+// Arithmetic is 10 powers, roots and reciprocals an element: 0.65 cycles of an SM's special-function unit, below the bf16 floor's
+// 0.79; the 55 instructions take 0.43. (Reading two of the powers from a table in shared memory was slower on an H100, and so were
+// evict-first loads and stores: 95 % of copy bandwidth without, 90 to 91 % with.)
 //
 // Shape of the kernel (sm_90a): 8 lanes own a group of 128, each lane packs of 8 (fp32 parameters: 4) neighbours interleaved so
 // that every load of a warp is whole sectors. With bf16 a lane loads its next group before it encodes this one. Moments are kept

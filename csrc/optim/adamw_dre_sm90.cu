@@ -139,8 +139,6 @@ __global__ void __launch_bounds__(kThreads, (Inputs<Param, kMaster, Grad, kGener
   In in;
   if (In::kAhead) in.load(t, groups_per_row, group);
   __shared__ Scalars shared;
-  __shared__ adamw::PowerTable table;
-  table.fill();
   if (threadIdx.x < 32) {
     const Scalars mine = scalars_of(launch, *t.step);
     if (threadIdx.x == 0) shared = mine;
@@ -160,8 +158,8 @@ __global__ void __launch_bounds__(kThreads, (Inputs<Param, kMaster, Grad, kGener
     const adamw::Decoder m_decoder(in.m_maximum * c.m_feed, in.m_exponent), v_decoder(in.v_maximum * c.v_feed, in.v_exponent);
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      m_decoder.template powers<kWidth, true>(in.m[j], m[j], table);
-      v_decoder.template powers<kWidth, false>(in.v[j], v[j], table);
+      m_decoder.template powers<kWidth, true>(in.m[j], m[j]);
+      v_decoder.template powers<kWidth, false>(in.v[j], v[j]);
       float p[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) {

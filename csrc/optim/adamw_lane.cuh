@@ -37,14 +37,14 @@ __device__ __forceinline__ Pack<T, kWidth> load_pack(const T* at, int count, boo
   if (vector) {
     if (count <= 0) return pack;
     if constexpr (P::kWords == 1) {
-      pack.words[0] = __ldcs(reinterpret_cast<const uint32_t*>(at));
+      pack.words[0] = *reinterpret_cast<const uint32_t*>(at);
     } else if constexpr (P::kWords == 2) {
-      const uint2 two = __ldcs(reinterpret_cast<const uint2*>(at));
+      const uint2 two = *reinterpret_cast<const uint2*>(at);
       pack.words[0] = two.x, pack.words[1] = two.y;
     } else {
 #pragma unroll
       for (int i = 0; i < P::kWords; i += 4) {
-        const uint4 four = __ldcs(reinterpret_cast<const uint4*>(at) + i / 4);
+        const uint4 four = reinterpret_cast<const uint4*>(at)[i / 4];
         pack.words[i] = four.x, pack.words[i + 1] = four.y, pack.words[i + 2] = four.z, pack.words[i + 3] = four.w;
       }
     }
@@ -68,13 +68,13 @@ __device__ __forceinline__ void store_pack(T* at, const Pack<T, kWidth>& pack, i
   if (vector) {
     if (count <= 0) return;
     if constexpr (P::kWords == 1) {
-      __stcs(reinterpret_cast<uint32_t*>(at), pack.words[0]);
+      *reinterpret_cast<uint32_t*>(at) = pack.words[0];
     } else if constexpr (P::kWords == 2) {
-      __stcs(reinterpret_cast<uint2*>(at), make_uint2(pack.words[0], pack.words[1]));
+      *reinterpret_cast<uint2*>(at) = make_uint2(pack.words[0], pack.words[1]);
     } else {
 #pragma unroll
       for (int i = 0; i < P::kWords; i += 4)
-        __stcs(reinterpret_cast<uint4*>(at) + i / 4, make_uint4(pack.words[i], pack.words[i + 1], pack.words[i + 2], pack.words[i + 3]));
+        reinterpret_cast<uint4*>(at)[i / 4] = make_uint4(pack.words[i], pack.words[i + 1], pack.words[i + 2], pack.words[i + 3]);
     }
     return;
   }
@@ -148,48 +148,35 @@ __device__ __forceinline__ Pack<uint16_t, kWidth> round_to_nearest(const float (
   return rounded;
 }
 
-// log2 of every code's magnitude, its last bit the code's sign; a column for each lane, so that no two lanes meet in a bank. Reading
-// it spares the special-function unit, the busiest, two of its 10 operations an element.
-struct PowerTable {
-  uint32_t log2[256][32];
-
-  __device__ __forceinline__ void fill() {
-    const uint32_t lane = threadIdx.x % 32, first = threadIdx.x / 32 * 32, code = first + lane;  // 256 threads
-    const float value = __half2float(__half(__nv_cvt_fp8_to_halfraw(static_cast<__nv_fp8_storage_t>(code & 0x7Fu), __NV_E4M3)));
-    // Of zero: so low that every power is 0, and not -inf, whose last bit is taken.
-    const uint32_t mine = ((code & 0x7Fu ? float_bits(lg2_approx(value)) : 0xFF7FFFFFu) & ~1u) | code >> 7;
-#pragma unroll 4
-    for (int i = 0; i < 32; ++i) log2[first + i][lane] = __shfl_sync(kWarp, mine, i);
-  }
-
-  // Of byte i of four codes.
-  __device__ __forceinline__ uint32_t of(uint32_t codes, int i) const {
-    const uint32_t row = (i == 0 ? codes << 7 : codes >> (8 * i - 7)) & 0x7F80u;
-    return *reinterpret_cast<const uint32_t*>(reinterpret_cast<const char*>(log2) + (row | threadIdx.x % 32 * 4));
-  }
-};
-
 // code -> power (|code| / 448)^(1/k), to be multiplied by `factor`, which is the group's maximum in some unit.
 struct Decoder {
   float factor, inverse_k, offset;
 
   __device__ __forceinline__ Decoder(float maximum, uint32_t exponent) : factor(maximum) {
     inverse_k = 16.0f * rcp_approx(static_cast<float>(exponent + 1));
-    offset = bits_float(float_bits(lg2_approx(kE4M3Max)) & ~1u) * inverse_k;
-    if (exponent < 2) {  // powers down to 2^-269: part of the factor moves into them
+    offset = lg2_approx(kE4M3Max) * inverse_k;  // by the instruction, so that code 448 cancels
+    if (exponent < 2) {                         // powers down to 2^-269: part of the factor moves into them
       const float shift = exponent ? 16.0f : 125.0f;
       offset -= shift, factor *= ex2_approx(-shift);
     }
   }
 
   template <int kWidth, bool kSigned>
-  __device__ __forceinline__ void powers(const Pack<uint8_t, kWidth>& codes, float (&r)[kWidth], const PowerTable& table) const {
+  __device__ __forceinline__ void powers(const Pack<uint8_t, kWidth>& codes, float (&r)[kWidth]) const {
 #pragma unroll
-    for (int i = 0; i < kWidth; ++i) {
-      const uint32_t log2 = table.of(codes.words[i / 4], i % 4);
-      const float y = ex2_approx(__fmaf_rn(bits_float(log2), inverse_k, -offset));
-      r[i] = kSigned ? bits_float(log2 * 0x80000000u + float_bits(y)) : y;
+    for (int pair = 0; pair < kWidth / 2; ++pair) {
+      const uint32_t two = codes.words[pair / 2] >> (pair % 2 * 16);
+      const __half2_raw halves = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(two), __NV_E4M3);
+      const float2 values = __half22float2(__half2(halves));
+      r[2 * pair] = power<kSigned>(values.x), r[2 * pair + 1] = power<kSigned>(values.y);
     }
+  }
+
+ private:
+  template <bool kSigned>
+  __device__ __forceinline__ float power(float value) const {
+    const float y = ex2_approx(__fmaf_rn(lg2_approx(fabsf(value)), inverse_k, -offset));
+    return kSigned ? bits_float(float_bits(y) | (float_bits(value) & 0x80000000u)) : y;
   }
 };
 
