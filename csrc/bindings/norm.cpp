@@ -127,7 +127,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
     norm.residual_grad = residual_grad->data_ptr();
   }
   Tensor dx = empty({rows, cols}, dy.scalar_type(), dy), dweight = empty({cols}, ScalarType::Float, dy);
-  Tensor partials = empty({ceil_div(rows, kBackwardRows), cols}, ScalarType::Float, dy);
+  Tensor partials = empty({backward_runs(rows, cols), cols}, ScalarType::Float, dy);
   norm.dy = dy.data_ptr();
   norm.rstd = static_cast<const float*>(rstd.data_ptr());
   norm.weight = weight.data_ptr();

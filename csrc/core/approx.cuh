@@ -1,4 +1,4 @@
-// The special-function unit's approximations, where a relative error near 2^-22 is welcome. One MUFU each.
+// The special-function unit's approximations, where a relative error near 2^-22 is welcome, and what is built on them. One MUFU each.
 #pragma once
 
 namespace eightfold {
@@ -36,6 +36,12 @@ __device__ __forceinline__ float rcp_approx(float x) {
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// 1 / x as IEEE division rounds it, for 2^-125 < x < 2^126: __frcp_rn without its test of the range.
+__device__ __forceinline__ float reciprocal(float x) {
+  const float y = rcp_approx(x);
+  return __fmaf_rn(y, __fmaf_rn(-x, y, 1.0f), y);
 }
 
 }  // namespace eightfold

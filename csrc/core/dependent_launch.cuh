@@ -2,6 +2,8 @@
 // carries cudaLaunchAttributeProgrammaticStreamSerialization. Without the attribute both instructions do nothing.
 #pragma once
 
+#include <cuda_runtime_api.h>
+
 namespace eightfold {
 
 // Until every kernel before this one has ended and its writes can be seen. Each thread that reads what an earlier kernel may have
@@ -11,5 +13,13 @@ __device__ __forceinline__ void wait_for_earlier_kernels() { asm volatile("gridd
 
 // Once every block has called it (or ended), the next kernel's blocks start where they find room.
 __device__ __forceinline__ void let_next_kernel_start() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+
+// The attribute.
+inline cudaLaunchAttribute early_start() {
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  return attribute;
+}
 
 }  // namespace eightfold

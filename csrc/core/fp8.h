@@ -87,7 +87,13 @@ EF_HD float e4m3_to_float(uint8_t code) {
 // rounded up, so that no element exceeds 448.
 EF_HD float group_scale(float amax, bool power_of_two) {
   float floored = amax > kAmaxFloor ? amax : kAmaxFloor;
+#if defined(__CUDA_ARCH__)
+  // One Newton step on the quotient gives IEEE division: checked for every fp32 from 1e-10 up.
+  float quotient = floored * (1.0f / kE4M3Max);
+  float scale = __fmaf_rn(__fmaf_rn(-kE4M3Max, quotient, floored), 1.0f / kE4M3Max, quotient);
+#else
   float scale = floored / kE4M3Max;
+#endif
   if (power_of_two) scale = bits_float((float_bits(scale) + 0x7FFFFFu) & 0x7F800000u);
   bool finite = (float_bits(amax) & 0x7F800000u) != 0x7F800000u;
   return finite ? scale : bits_float(kQuietNaN);

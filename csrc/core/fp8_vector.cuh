@@ -5,7 +5,9 @@
 #include <cuda_fp8.h>
 
 #include <cstdint>
+#include <type_traits>
 
+#include "core/approx.cuh"
 #include "core/fp8.h"
 
 namespace eightfold {
@@ -50,32 +52,105 @@ struct Octet<__nv_bfloat16> {
   static __device__ uint32_t widest_bits(uint32_t word) { return max(word << 16, word & 0xFFFF0000u); }
 };
 
+// Eight E4M3 codes of one row with the scale of their group: a third of the registers of the eight values.
+struct ScaledCodes;
+
+template <>
+struct Octet<ScaledCodes> {
+  static constexpr int kWords = 3;
+  uint32_t words[3];  // codes, codes, scale
+
+  __device__ float value(int j) const {
+    const uint32_t pair = words[j / 4] >> (j / 2 % 2 * 16);
+    const float2 codes = __half22float2(__nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(pair), __NV_E4M3));
+    return __fmul_rn(j % 2 ? codes.y : codes.x, __uint_as_float(words[2]));
+  }
+};
+
+template <int kRows>
+__device__ __forceinline__ void octets_amax(const Octet<ScaledCodes> (&x)[kRows], uint32_t (&amax)[8]) {
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    amax[j] = 0;
+#pragma unroll
+    for (int p = 0; p < kRows; ++p) amax[j] = max(amax[j], __float_as_uint(x[p].value(j)) & 0x7FFFFFFFu);
+    amax[j] = max(amax[j], __shfl_xor_sync(0xFFFFFFFFu, amax[j], 16));
+  }
+}
+
+// Largest magnitude of an octet, as fp32 bits.
+template <class T>
+__device__ __forceinline__ uint32_t octet_amax(const Octet<T>& x) {
+  uint32_t word = Octet<T>::magnitude(x.words[0]);
+#pragma unroll
+  for (int w = 1; w < Octet<T>::kWords; ++w) word = Octet<T>::larger(word, Octet<T>::magnitude(x.words[w]));
+  return Octet<T>::widest_bits(word);
+}
+
+// Largest magnitudes by column of octets that lie below each other, in this lane and the one 16 away, as fp32 bits.
+template <class T, int kRows>
+__device__ __forceinline__ void octets_amax(const Octet<T> (&x)[kRows], uint32_t (&amax)[8]) {
+  uint32_t words[Octet<T>::kWords];
+#pragma unroll
+  for (int w = 0; w < Octet<T>::kWords; ++w) {
+    words[w] = Octet<T>::magnitude(x[0].words[w]);
+#pragma unroll
+    for (int p = 1; p < kRows; ++p) words[w] = Octet<T>::larger(words[w], Octet<T>::magnitude(x[p].words[w]));
+    words[w] = Octet<T>::larger(words[w], __shfl_xor_sync(0xFFFFFFFFu, words[w], 16));
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) amax[j] = Octet<T>::amax_bits(words[j / Octet<T>::kPerWord], j % Octet<T>::kPerWord);
+}
+
+// The same octet, of which the compiler knows nothing: it unpacks the words again instead of keeping the eight values in registers
+// from their last use on.
+template <class T>
+__device__ __forceinline__ Octet<T> unpacked_anew(Octet<T> x) {
+#pragma unroll
+  for (int w = 0; w < Octet<T>::kWords; ++w) asm volatile("" : "+r"(x.words[w]));
+  return x;
+}
+
 // How many of the eight elements from (row, col) exist.
 __device__ __forceinline__ int octet_count(int64_t row, int64_t col, int64_t rows, int64_t cols) {
   return row < rows ? static_cast<int>(max(min(cols - col, int64_t{8}), int64_t{0})) : 0;
 }
 
 // Loads eight elements of which the first `count` exist; the rest are zero. kVector: the address is a multiple of 16 bytes and
-// all eight exist or none (count <= 0).
-template <bool kVector, class T>
+// all eight exist or none (count <= 0). kShared: another block of the same launch may have written them.
+template <bool kVector, bool kShared = false, class T>
 __device__ __forceinline__ Octet<T> load_octet(const T* at, int count) {
   Octet<T> octet{};
   if constexpr (kVector) {
     if (count <= 0) return octet;
 #pragma unroll
     for (int i = 0; i < Octet<T>::kWords; i += 4) {
-      uint4 quad = __ldg(reinterpret_cast<const uint4*>(at) + i / 4);
+      const uint4* quads = reinterpret_cast<const uint4*>(at) + i / 4;
+      const uint4 quad = kShared ? __ldcg(quads) : __ldg(quads);
       octet.words[i] = quad.x, octet.words[i + 1] = quad.y, octet.words[i + 2] = quad.z, octet.words[i + 3] = quad.w;
     }
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       if (j >= count) continue;
+      const T value = kShared ? __ldcg(at + j) : __ldg(at + j);
       if constexpr (sizeof(T) == 4)
-        octet.words[j] = __float_as_uint(__ldg(at + j));
+        octet.words[j] = __float_as_uint(value);
       else
-        octet.words[j / 2] |= static_cast<uint32_t>(__bfloat16_as_ushort(__ldg(at + j))) << (j % 2 * 16);
+        octet.words[j / 2] |= static_cast<uint32_t>(__bfloat16_as_ushort(value)) << (j % 2 * 16);
     }
+  }
+  return octet;
+}
+
+// From shared memory, 16-byte aligned.
+template <class T>
+__device__ __forceinline__ Octet<T> load_shared(const T* at) {
+  Octet<T> octet;
+#pragma unroll
+  for (int i = 0; i < Octet<T>::kWords; i += 4) {
+    const uint4 quad = reinterpret_cast<const uint4*>(at)[i / 4];
+    octet.words[i] = quad.x, octet.words[i + 1] = quad.y, octet.words[i + 2] = quad.z, octet.words[i + 3] = quad.w;
   }
   return octet;
 }
@@ -99,37 +174,49 @@ __device__ __forceinline__ void store_octet(T* at, const Octet<T>& octet, int co
   }
 }
 
-// Division by one group's scale. An IEEE division an element would cost more than the memory traffic of a cast, so the
-// reciprocal is taken once a group and each quotient is corrected by one Newton step. The result may miss IEEE division by one
-// ulp, but never on a rounding boundary of E4M3: checked exhaustively over the 2^23 scale mantissas, the boundaries between
-// codes, and the fp32 neighbours of boundary * scale. The order of signs keeps -0.
+// Division of a group's values by its scale. An IEEE division an element would cost more than the memory traffic of a cast, so the
+// reciprocal is taken once a group. A quotient may miss IEEE division by one ulp, but never on a rounding boundary of E4M3, so that
+// the codes are those of a true division; the order of signs keeps -0.
+//
+// fp32: each quotient is corrected by one Newton step. Checked exhaustively over the 2^23 scale mantissas, the boundaries between
+// codes, and the fp32 neighbours of boundary * scale.
+// bf16 (values and the maximum that gave the scale): the reciprocal in two parts, an instruction less a quotient. Any reciprocal up
+// to 6 ulp too small will do, and too small keeps the second part positive: checked for every pair of a value and a maximum.
+template <class T>
 struct GroupDivider {
-  float scale, inverse;
+  static constexpr bool kBf16 = std::is_same_v<T, __nv_bfloat16>;
+  float inverse;
+  float aid;  // fp32: the scale; bf16: what `inverse` lacks
 
-  static __device__ GroupDivider of(float scale) { return {scale, __frcp_rn(scale)}; }
-  __device__ float quotient(float x) const {
-    float q = x * inverse;
-    return fmaf(fmaf(scale, q, -x), -inverse, q);
+  static __device__ GroupDivider of(float scale) {
+    if constexpr (!kBf16) return {reciprocal(scale), scale};
+    const float below = __uint_as_float(__float_as_uint(rcp_approx(scale)) - 3);
+    return {below, __fmul_rn(__fmaf_rn(-scale, below, 1.0f), below)};
   }
-  __device__ bool is_nan() const { return scale != scale; }
+  __device__ float quotient(float x) const {
+    if constexpr (!kBf16) {
+      const float q = x * inverse;
+      return fmaf(fmaf(aid, q, -x), -inverse, q);
+    } else {
+      return __fmaf_rn(x, inverse, __fmul_rn(x, aid));
+    }
+  }
 };
 
-// Two and four codes; the first element lies in the lowest byte. NaN groups are the caller's (nan_group).
+// Two and four codes; the first element lies in the lowest byte. In a group whose scale is NaN every quotient is the positive NaN,
+// whose code is 0x7F.
 __device__ __forceinline__ uint32_t encode2(float a, float b) {
   return __nv_cvt_float2_to_fp8x2(make_float2(a, b), __NV_SATFINITE, __NV_E4M3);
 }
 __device__ __forceinline__ uint32_t encode4(float a, float b, float c, float d) { return encode2(a, b) | encode2(c, d) << 16; }
 
-constexpr uint32_t kE4M3NaN4 = 0x7F7F7F7Fu;
-
 // Eight codes of one row in one group.
 template <class T>
-__device__ __forceinline__ uint2 encode_octet(const Octet<T>& x, GroupDivider by) {
+__device__ __forceinline__ uint2 encode_octet(const Octet<T>& x, GroupDivider<T> by) {
   float q[8];
 #pragma unroll
   for (int j = 0; j < 8; ++j) q[j] = by.quotient(x.value(j));
-  uint2 codes = make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7]));
-  return by.is_nan() ? make_uint2(kE4M3NaN4, kE4M3NaN4) : codes;
+  return make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7]));
 }
 
 // Four codes -> fp32, exact; NaN codes give a NaN.

@@ -6,12 +6,16 @@
 
 #include "core/fp8.h"
 
+#if defined(__CUDACC__)
+#include "core/approx.cuh"
+#endif
+
 namespace eightfold {
 
 // exp(x) for x <= 0, within 2 ulp; 0 below -87.3 (results under 2^-126), NaN for NaN.
 EF_HD float exp_nonpositive(float x) {
 #if defined(__CUDA_ARCH__)
-  return __expf(x);  // error at most 2 + floor(1.16 |x|) ulp
+  return ex2_approx(x * 1.44269504f);  // error at most 2 + floor(1.16 |x|) ulp
 #else
   float in = x < -87.3f ? -87.3f : x;
   // Adding 1.5 * 2^23 leaves round(x / ln 2) in the low mantissa bits; ln 2 is subtracted in two parts, the first exact.
@@ -30,15 +34,14 @@ EF_HD float exp_nonpositive(float x) {
 #endif
 }
 
-// 1 / (1 + exp(-x)) without overflow: only exp(-|x|) is taken. Host: within 3 ulp. Device: relative error below
-// 2^-21 + 1.4e-7 |x| for negative x, below 2^-21 for positive x.
+// 1 / (1 + exp(-x)). Host: only exp(-|x|) is taken, within 3 ulp. Device: an exp(-x) that overflows gives the right 0; relative error
+// below 2^-21 + 1.4e-7 |x| for negative x, below 2^-21 for positive x.
 EF_HD float sigmoid(float x) {
-  float e = exp_nonpositive(-std::fabs(x));
-  float numerator = x < 0.0f ? e : 1.0f;
 #if defined(__CUDA_ARCH__)
-  return __fdividef(numerator, 1.0f + e);
+  return rcp_approx(1.0f + ex2_approx(x * -1.44269504f));
 #else
-  return numerator / (1.0f + e);
+  float e = exp_nonpositive(-std::fabs(x));
+  return (x < 0.0f ? e : 1.0f) / (1.0f + e);
 #endif
 }
 

@@ -106,13 +106,6 @@ __device__ __forceinline__ bool elect_lane() {
   return elected != 0;
 }
 
-// The threads of one warpgroup; `id` 1 to 15 names the barrier.
-__device__ __forceinline__ void warpgroup_sync(uint32_t id) { asm volatile("bar.sync %0, 128;" ::"r"(id) : "memory"); }
-
-// The warpgroup waits for another one's arrival at barrier `id`.
-__device__ __forceinline__ void warpgroup_wait_turn(uint32_t id) { asm volatile("bar.sync %0, 256;" ::"r"(id) : "memory"); }
-__device__ __forceinline__ void warpgroup_give_turn(uint32_t id) { asm volatile("bar.arrive %0, 256;" ::"r"(id) : "memory"); }
-
 // Four 8 x 8 matrices of 16-bit words to shared memory: lane l holds words 2 * (l % 4) and the next of row l / 4 of each, and gives
 // the address of row l % 8 of matrix l / 8.
 __device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {

@@ -10,7 +10,6 @@ bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(
 template <class T>
 struct TensorSource {
   using Element = T;
-  static constexpr int kOutputs = 1;
   int64_t rows, cols;
   bool vector;
   const T* data;
@@ -24,15 +23,14 @@ struct TensorSource {
         ld(x.ld) {}
 
   template <bool kVector>
-  __device__ void load(int64_t row, int64_t col, Octet<T> (&out)[1]) const {
-    out[0] = load_octet<kVector>(data + row * ld + col, octet_count(row, col, rows, cols));
+  __device__ __forceinline__ Octet<T> load(int64_t row, int64_t col) const {
+    return load_octet<kVector>(data + row * ld + col, octet_count(row, col, rows, cols));
   }
 };
 
-// FP8 codes times their 1 x 128 scales, in fp32.
+// FP8 codes with their 1 x 128 scales. A column that does not exist may hold 0 * NaN: its group is its own.
 struct CodesSource {
-  using Element = float;
-  static constexpr int kOutputs = 1;
+  using Element = ScaledCodes;
   int64_t rows, cols;
   bool vector;
   const uint8_t* codes;
@@ -50,21 +48,15 @@ struct CodesSource {
         scale_ld(x.scale_ld) {}
 
   template <bool kVector>
-  __device__ void load(int64_t row, int64_t col, Octet<float> (&out)[1]) const {
+  __device__ __forceinline__ Octet<ScaledCodes> load(int64_t row, int64_t col) const {
     const int count = octet_count(row, col, rows, cols);
     const uint2 octet = load_codes8<kVector>(codes + row * ld + col, count);
-    const float scale = count ? __ldg(scales + row + col / 128 * scale_ld) : 0.0f;
-    float values[8];
-    decode4(octet.x, values);
-    decode4(octet.y, values + 4);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = j < count ? values[j] * scale : 0.0f;  // 0 * NaN of a tail is not an element
-    out[0].set(values);
+    return {{octet.x, octet.y, count ? __float_as_uint(__ldg(scales + row + col / 128 * scale_ld)) : 0}};
   }
 };
 
-TileOutputs<1> outputs(const Quantized& rows, const Quantized& cols) {
-  return {{{rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld}}};
+TileOutput output(const Quantized& rows, const Quantized& cols) {
+  return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
 }
 
 // CTAs on an SM, by what the values cost in registers.
@@ -74,7 +66,7 @@ constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
 template <class T>
 void quantize_typed(const Input& x, Group group, const Quantized& out, bool power_of_two, cudaStream_t stream) {
   const TensorSource<T> source(x);
-  const TileOutputs<1> to = outputs(out, out);
+  const TileOutput to = output(out, out);
   switch (group) {
     case Group::row128: return launch_tile_cast<kBlocks<T>, kRows128>(source, to, power_of_two, stream);
     case Group::row16: return launch_tile_cast<kBlocks<T>, kRows16>(source, to, power_of_two, stream);
@@ -105,17 +97,12 @@ __device__ __forceinline__ void transpose_octets(const uint2 (&rows)[8], uint2 (
   }
 }
 
-__device__ __forceinline__ TileShape tile_of(int64_t rows, int64_t cols) {
-  const uint32_t across = static_cast<uint32_t>((cols + kTile - 1) / kTile);
-  return {rows, cols, static_cast<int64_t>(blockIdx.x / across) * kTile, static_cast<int64_t>(blockIdx.x % across) * kTile};
-}
-
 template <bool kVector>
-__device__ __forceinline__ void load_rows(const uint8_t* codes, int64_t ld, const TileShape& tile, uint2 (&rows)[kBandRows]) {
-  TileThread me;
+__device__ __forceinline__ void load_rows(const uint8_t* codes, int64_t ld, const TileShape& tile, uint2 (&rows)[8]) {
+  const TileThread<8> me;
 #pragma unroll
-  for (int p = 0; p < kBandRows; ++p) {
-    const int64_t row = tile.row + me.band * kBandRows + p, col = tile.col + me.octet * 8;
+  for (int p = 0; p < 8; ++p) {
+    const int64_t row = tile.row + me.band * 8 + p, col = tile.col + me.octet * 8;
     rows[p] = load_codes8<kVector>(codes + row * ld + col, octet_count(row, col, tile.rows, tile.cols));
   }
 }
@@ -123,9 +110,9 @@ __device__ __forceinline__ void load_rows(const uint8_t* codes, int64_t ld, cons
 __global__ void __launch_bounds__(kTileThreads)
     transpose_codes_kernel(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, bool vector_in, bool vector_out) {
   __shared__ __align__(16) ColumnCodes shared;
-  TileThread me;
-  const TileShape tile = tile_of(rows, cols);
-  uint2 in[kBandRows], columns[8];
+  const TileThread<8> me;
+  const TileShape tile = tile_of(rows, cols, blockIdx.x);
+  uint2 in[8], columns[8];
   if (vector_in && tile.col + kTile <= cols)
     load_rows<true>(codes, ld, tile, in);
   else
@@ -134,18 +121,21 @@ __global__ void __launch_bounds__(kTileThreads)
 #pragma unroll
   for (int j = 0; j < 8; ++j) shared.put(me.octet * 8 + j, me.band, columns[j]);
   __syncthreads();
-  shared.store(out, rows, tile, vector_out);
+  if (vector_out && tile.full())
+    shared.store<true, kTileThreads>(out, rows, tile, true);
+  else
+    shared.store<false, kTileThreads>(out, rows, tile, vector_out);
 }
 
 // Row-major codes are read in place; codes stored by columns come through shared memory and are turned in registers.
 template <class T, bool kColumnMajor>
 __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(AnyCodes x, T* out, bool vector_in) {
-  TileThread me;
-  const TileShape tile = tile_of(x.rows, x.cols);
-  uint2 rows[kBandRows];
+  const TileThread<8> me;
+  const TileShape tile = tile_of(x.rows, x.cols, blockIdx.x);
+  uint2 rows[8];
   if constexpr (kColumnMajor) {
     __shared__ __align__(16) ColumnCodes shared;
-    shared.load(x.codes, x.col_stride, tile, vector_in);
+    shared.load<kTileThreads>(x.codes, x.col_stride, tile, vector_in);
     __syncthreads();
     uint2 columns[8];
 #pragma unroll
@@ -158,7 +148,7 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(AnyCodes x, T*
       load_rows<false>(x.codes, x.row_stride, tile, rows);
   }
   const bool vector_out = x.cols % 8 == 0;
-  const int64_t first_row = tile.row + me.band * kBandRows, col = tile.col + me.octet * 8;
+  const int64_t first_row = tile.row + me.band * 8, col = tile.col + me.octet * 8;
   const int count = octet_count(0, col, 1, x.cols);
   int64_t offsets[8];  // of the eight columns' scales; one 64-bit division a thread
   int64_t group = col / x.group_cols, left = x.group_cols - col % x.group_cols;
@@ -169,7 +159,7 @@ __global__ void __launch_bounds__(kTileThreads) dequantize_kernel(AnyCodes x, T*
   }
   group = first_row / x.group_rows, left = x.group_rows - first_row % x.group_rows;
 #pragma unroll
-  for (int p = 0; p < kBandRows; ++p) {
+  for (int p = 0; p < 8; ++p) {
     if (first_row + p < x.rows) {
       const float* scales = x.scales + group * x.scale_row_stride;
       float values[8];
@@ -211,7 +201,7 @@ void quantize_sm90(const Input& x, Group group, const Quantized& out, bool power
 
 void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
-  const TileOutputs<1> to = outputs(rows, cols);
+  const TileOutput to = output(rows, cols);
   if (x.dtype == DType::bf16)
     launch_tile_cast<4, kRows128 | kCols>(TensorSource<__nv_bfloat16>(x), to, power_of_two, s);
   else
@@ -219,7 +209,7 @@ void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& 
 }
 
 void requantize_sm90(const RowCodes& x, const Quantized& cols, bool power_of_two, void* stream) {
-  launch_tile_cast<2, kCols>(CodesSource(x), outputs({}, cols), power_of_two, static_cast<cudaStream_t>(stream));
+  launch_tile_cast<4, kCols>(CodesSource(x), output({}, cols), power_of_two, static_cast<cudaStream_t>(stream));
 }
 
 void transpose_codes_sm90(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, void* stream) {

@@ -5,17 +5,16 @@
 //   y    = s * rstd * weight, rounded to x's dtype     y and its codes are written from registers
 //
 // Every cast reads the rounded value, so a fused op has the bytes of its parts. A row's result depends on that row alone: the sum of
-// squares runs in an order fixed by the number of columns.
+// squares runs in an order fixed by the number of columns (row_sum.cuh).
 //
-// Bytes per element in bf16: inference reads 2 and writes 1 (codes) or 2 (y). Training writes 3 (row and column codes of y, row codes of
-// s), a floor of 5. Column groups span 128 rows, so 128 rows' statistics must be known before the first column code: the row kernel reads
-// s once, keeps the row in registers and writes all that is row-wise (2 + 2); the column kernel makes y again from s and rstd in tiles of
-// 128 x 128 (2 + 1). That is 7; a row kernel that runs from the last row to the first leaves in L2 what the column kernel reads first.
+// Bytes per element in bf16: inference reads 2 and writes 1 (codes) or 2 (y); with a residual 4 + 3. Training writes 3 (row and column
+// codes of y, row codes of s): 5, with a residual 9. Column groups span 128 rows, so 128 rows' statistics must be known before the first
+// column code: y is made from s a second time, which is still in L2 (norm_training_sm90.cu).
 //
 // Backward, with xhat = s * rstd and g = dy * weight:
 //   dx = rstd * (g - xhat * mean(g * xhat)) + residual_grad, rounded once        dweight = sum over rows of dy * xhat
-// dweight is a sum of sums: one for each kBackwardRows rows, in row order, then folded in block order, whatever the machine.
-// Bytes per element: 2 (dy) + 1 (codes of s; 2 for bf16 s) + 2 (dx) [+ 2 residual_grad] + 2 * 4 / kBackwardRows (partials of dweight).
+// dweight is a sum of sums: one for each of backward_runs() runs of rows, in row order, then folded in the order of the runs, whatever
+// the machine. Bytes per element: 2 (dy) + 1 (codes of s; 2 for bf16 s) + 2 (dx) [+ 2 residual_grad] + 8 * runs / rows.
 #pragma once
 
 #include "core/dtype.h"
@@ -23,7 +22,13 @@
 
 namespace eightfold::quant {
 
-constexpr int64_t kBackwardRows = 16;
+// Runs of consecutive rows, run r from rows * r / runs on: one for each SM of an H100, more where rows are short, none below 4 rows.
+constexpr int64_t kBackwardRuns = 132;
+inline int64_t backward_runs(int64_t rows, int64_t cols) {
+  const int64_t sharing = cols <= 512 ? 8 : cols <= 1024 ? 4 : cols <= 2048 ? 2 : 1;
+  const int64_t fewest = (rows + 3) / 4;
+  return fewest < kBackwardRuns * sharing ? fewest : kBackwardRuns * sharing;
+}
 
 // x, residual, sum and y are [rows, cols] contiguous in `dtype` (bf16 or f32); weight [cols] in `weight_dtype`.
 struct RmsNorm {
@@ -36,7 +41,7 @@ struct RmsNorm {
   void* sum;         // written when residual is given
   void* y;           // null: not wanted
   Quantized y_rows;  // of y
-  Quantized y_cols;  // of y; needs rstd
+  Quantized y_cols;  // of y; wanted together with y_rows, x_rows and rstd, and without y
   Quantized x_rows;  // of s
   float* rstd;       // [rows], null: not wanted
 };
@@ -53,13 +58,13 @@ struct RmsNormBackward {
   int64_t rows, cols;
   void* dx;
   float* dweight;   // [cols]
-  float* partials;  // workspace [ceil(rows / kBackwardRows), cols]
+  float* partials;  // workspace [backward_runs(rows, cols), cols]
 };
 
 void rms_norm_cpu(const RmsNorm& op);
 void rms_norm_backward_cpu(const RmsNormBackward& op);
 
-// Any number of rows; up to kMaxNormCols columns, which a block of 512 threads keeps in registers.
+// Any number of rows; up to kMaxNormCols columns, of which a block's registers hold a row of x and of the residual in fp32.
 constexpr int64_t kMaxNormCols = 16384;
 void rms_norm_sm90(const RmsNorm& op, void* stream);
 void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream);

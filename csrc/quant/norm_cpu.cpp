@@ -121,14 +121,14 @@ void rms_norm_cpu(const RmsNorm& op) {
 }
 
 void rms_norm_backward_cpu(const RmsNormBackward& op) {
-  int64_t cols = op.cols, blocks = (op.rows + kBackwardRows - 1) / kBackwardRows;
+  int64_t cols = op.cols, runs = backward_runs(op.rows, op.cols);
   std::vector<float> weight = load_weight(op.weight, op.weight_dtype, cols);
-  parallel_for(blocks, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(runs, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> x(cols), g(cols), dx(cols);
-    for (int64_t block = begin; block < end; ++block) {
-      float* partial = op.partials + block * cols;
+    for (int64_t run = begin; run < end; ++run) {
+      float* partial = op.partials + run * cols;
       std::fill(partial, partial + cols, 0.0f);
-      for (int64_t row = block * kBackwardRows; row < std::min(op.rows, (block + 1) * kBackwardRows); ++row) {
+      for (int64_t row = op.rows * run / runs; row < op.rows * (run + 1) / runs; ++row) {
         int64_t offset = row * cols;
         float rstd = op.rstd[row];
         if (op.x)
@@ -148,7 +148,7 @@ void rms_norm_backward_cpu(const RmsNormBackward& op) {
   });
   parallel_for(cols, 1024, [&](int64_t begin, int64_t end) {
     std::fill(op.dweight + begin, op.dweight + end, 0.0f);
-    for (int64_t block = 0; block < blocks; ++block) add(op.partials + block * cols + begin, end - begin, op.dweight + begin);
+    for (int64_t run = 0; run < runs; ++run) add(op.partials + run * cols + begin, end - begin, op.dweight + begin);
   });
 }
 

@@ -1,154 +1,145 @@
+// RMS norm row by row: inference, and y alone. Training is in norm_training_sm90.cu.
+//
+// A row waits in the registers of one warp, or of a few where it is long or rows are few: all of its loads are in flight at once, and a
+// row of one warp meets no barrier between its loads and its stores. Many short-lived blocks keep the memory busy while some compute.
 #include <algorithm>
 
+#include "core/device.h"
 #include "quant/norm.h"
+#include "quant/norm_training.h"
 #include "quant/row_cast.cuh"
+#include "quant/row_sum.cuh"
 
 namespace eightfold::quant {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxQuads = kMaxNormCols / kQuadCols;
+constexpr int kRowsTogether = 4;  // rows of one warp share a block
 
-// blockDim.x threads share a row and hold kOctets octets of it each; blockDim.y rows share a block. Both follow from the number of
-// columns alone, and with them the order of every sum along a row.
-struct RowShape {
-  int octets;  // a thread
-  dim3 block;
-};
+// Of eight weights: known when compiled, or asked.
+enum class Weights { bf16, f32, either };
 
-RowShape row_shape(int64_t cols) {
-  int64_t octets = (cols + 7) / 8;
-  int each = octets <= 256 ? 1 : octets <= 1024 ? 2 : 4;
-  unsigned threads = static_cast<unsigned>((std::max<int64_t>(octets, 1) + each - 1) / each + 31) / 32 * 32;
-  return {each, dim3(threads, std::max(1u, 128u / threads))};
-}
-static_assert(kMaxNormCols <= 4 * 8 * kMaxThreads, "a row must fit the registers of one block");
-
-// Sum over the threads of a row, the same bits in all of them. `partials` holds a float for each warp of the block and may be reused
-// after the next barrier.
-__device__ __forceinline__ float row_total(float v, float* partials) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2) v += __shfl_xor_sync(kWholeWarp, v, mask);
-  const int warps = blockDim.x / 32;
-  if (warps == 1) return v;
-  float* mine = partials + threadIdx.y * warps;
-  if (threadIdx.x % 32 == 0) mine[threadIdx.x / 32] = v;
-  __syncthreads();
-  float total = mine[0];
-  for (int w = 1; w < warps; ++w) total += mine[w];
-  return total;
+constexpr int most_threads(int quads) { return 32 * std::max(kMaxQuads / quads, kRowsTogether); }
+template <class T>
+constexpr int least_blocks(int quads, bool residual, bool codes_only) {
+  const int words = quads * 4 * Octet<T>::kWords * (residual ? 2 : 1), registers = words <= 32 ? 64 : words <= 64 ? 100 : 128;
+  return 65536 / (most_threads(quads) * (codes_only ? registers : 128));
 }
 
-// Everything that is row-wise, from one read. Rows run from the last to the first, so that the column kernel, which starts at the
-// first, finds those in L2.
-template <class T, int kOctets, bool kVector>
-__global__ void __launch_bounds__(kMaxThreads, kOctets * sizeof(T) >= 8 ? 1 : 2) norm_rows_kernel(const RmsNorm op) {
-  __shared__ float partials[kMaxThreads / 32];
-  const int64_t row = static_cast<int64_t>(gridDim.x - 1 - blockIdx.x) * blockDim.y + threadIdx.y;
-  const bool weight_bf16 = op.weight_dtype == DType::bf16;
-  int64_t col[kOctets];
-  int count[kOctets];
-  Octet<T> s[kOctets];
+// kCodesOnly: of what a row may give, y's codes alone are wanted. Warp w of `warps` has quads w, w + warps, ... of its row.
+template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
+__global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, kResidual, kCodesOnly))
+    norm_rows_kernel(const RmsNorm op, int warps) {
+  __shared__ float quad_sums[kMaxQuads];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = warps == 1 ? 0 : warp;
+  const int64_t row = warps == 1 ? static_cast<int64_t>(blockIdx.x) * kRowsTogether + warp : blockIdx.x;
+  if (row >= op.rows) return;
+  const int cols = static_cast<int>(op.cols);
+  const T* x = static_cast<const T*>(op.x) + row * op.cols;
+  auto col_of = [&](int quad, int k) { return (quad * warps + member) * kQuadCols + k * kSliceCols + lane * 8; };
 
-  // s = x (+ residual)
+  // s = x (+ residual), and rstd
+  Octet<T> s[kQuads][4];
 #pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    col[i] = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-    count[i] = octet_count(row, col[i], op.rows, op.cols);
-    s[i] = load_octet<kVector>(static_cast<const T*>(op.x) + row * op.cols + col[i], count[i]);
+  for (int quad = 0; quad < kQuads; ++quad)
+#pragma unroll
+    for (int k = 0; k < 4; ++k) s[quad][k] = load_octet<kVector>(x + col_of(quad, k), min(cols - col_of(quad, k), 8));
+  if (kResidual) {
+    const T* residual = static_cast<const T*>(op.residual) + row * op.cols;
+    Octet<T> other[kQuads][4];
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) other[quad][k] = load_octet<kVector>(residual + col_of(quad, k), min(cols - col_of(quad, k), 8));
+#pragma unroll
+    for (int quad = 0; quad < kQuads; ++quad)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) {
+        s[quad][k] = add_octets(s[quad][k], other[quad][k]);
+        if (col_of(quad, k) < cols)
+          store_octet(static_cast<T*>(op.sum) + row * op.cols + col_of(quad, k), s[quad][k], kVector ? 8 : cols - col_of(quad, k), kVector);
+      }
   }
-  if (op.residual) {
-    Octet<T> residual[kOctets];
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i)
-      residual[i] = load_octet<kVector>(static_cast<const T*>(op.residual) + row * op.cols + col[i], count[i]);
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = __fadd_rn(s[i].value(j), residual[i].value(j));
-      s[i].set(v);
-      store_octet(static_cast<T*>(op.sum) + row * op.cols + col[i], s[i], count[i], kVector);
-    }
-  }
-
-  // rstd
   float squares = 0.0f;
 #pragma unroll
-  for (int i = 0; i < kOctets; ++i)
+  for (int quad = 0; quad < kQuads; ++quad) {
+    float parts[4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) squares = fmaf(s[i].value(j), s[i].value(j), squares);
-  const float mean = __fdiv_rn(row_total(squares, partials), static_cast<float>(op.cols > 0 ? op.cols : 1));
-  const float rstd = __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, op.eps)));
-  if (op.rstd && threadIdx.x == 0 && row < op.rows) op.rstd[row] = rstd;
+    for (int k = 0; k < 4; ++k) parts[k] = sum_of_squares(s[quad][k]);
+    const float sum = fold_quad(parts, lane);
+    squares = __fadd_rn(squares, sum);
+    if (warps > 1 && lane == 0 && quad * warps + warp < kMaxQuads) quad_sums[quad * warps + warp] = sum;
+  }
+  if (warps > 1) {
+    __syncthreads();
+    squares = 0.0f;
+    const int quads = (cols + kQuadCols - 1) / kQuadCols;
+    for (int quad = 0; quad < quads; ++quad) squares = __fadd_rn(squares, quad_sums[quad]);
+  }
+  const float rstd = rstd_of(squares, op.cols, op.eps);
+  if (!kCodesOnly && op.rstd && member == 0 && lane == 0) op.rstd[row] = rstd;
 
   // codes of s, then y and its codes
 #pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    if (op.x_rows.codes) cast_row_octet(s[i], op.x_rows, row, col[i], op.cols, count[i], kVector);
-    float w[8], v[8];
-    load_weights<kVector>(op.weight, weight_bf16, col[i], count[i], w);
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const int col = col_of(quad, 0);
+    Octet<T> y[4];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = j < count[i] ? __fmul_rn(__fmul_rn(s[i].value(j), rstd), w[j]) : 0.0f;
-    Octet<T> y;
-    y.set(v);
-    if (op.y) store_octet(static_cast<T*>(op.y) + row * op.cols + col[i], y, count[i], kVector);
-    if (op.y_rows.codes) cast_row_octet(y, op.y_rows, row, col[i], op.cols, count[i], kVector);
+    for (int k = 0; k < 4; ++k) {
+      float weight[8];
+      load_weights<kVector>(op.weight, kWeights == Weights::either ? op.weight_dtype == DType::bf16 : kWeights == Weights::bf16,
+                            col + k * kSliceCols, min(cols - col - k * kSliceCols, 8), weight);
+      y[k] = normalise_octet(unpacked_anew(s[quad][k]), rstd, weight);
+    }
+    if (!kCodesOnly && op.x_rows.codes) cast_row_octets(s[quad], op.x_rows, row, col, cols, kVector);
+    if (!kCodesOnly && op.y) {
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (col + k * kSliceCols < cols)
+          store_octet(static_cast<T*>(op.y) + row * op.cols + col + k * kSliceCols, y[k], kVector ? 8 : cols - col - k * kSliceCols,
+                      kVector);
+    }
+    if (kCodesOnly || op.y_rows.codes) cast_row_octets(y, op.y_rows, row, col, cols, kVector);
   }
 }
 
-// y again, for the tile kernel.
-template <class T>
-struct NormSource {
-  using Element = T;
-  static constexpr int kOutputs = 1;
-  int64_t rows, cols;
-  bool vector;
-  const T* s;
-  const float* rstd;
-  const void* weight;
-  bool weight_bf16;
-
-  template <bool kVector>
-  __device__ __forceinline__ void load(int64_t row, int64_t col, Octet<T> (&out)[1]) const {
-    const int count = octet_count(row, col, rows, cols);
-    const Octet<T> x = load_octet<kVector>(s + row * cols + col, count);
-    const float r = count ? __ldg(rstd + row) : 0.0f;
-    float w[8], v[8];
-    load_weights<kVector>(weight, weight_bf16, col, count, w);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) v[j] = j < count ? __fmul_rn(__fmul_rn(x.value(j), r), w[j]) : 0.0f;
-    out[0].set(v);
-  }
-};
-
-template <class T>
-void launch_columns(const RmsNorm& op, bool vector, cudaStream_t stream) {
-  const void* s = op.residual ? op.sum : op.x;
-  NormSource<T> source{op.rows, op.cols, vector, static_cast<const T*>(s), op.rstd, op.weight, op.weight_dtype == DType::bf16};
-  launch_tile_cast<sizeof(T) == 2 ? 3 : 2, kCols>(source, {{tile_output({}, op.y_cols)}}, false, stream);
-}
-
-template <class T, bool kVector>
+template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
 void launch_rows(const RmsNorm& op, cudaStream_t stream) {
-  const RowShape shape = row_shape(op.cols);
-  const unsigned blocks = static_cast<unsigned>((op.rows + shape.block.y - 1) / shape.block.y);
-  if (shape.octets == 1)
-    norm_rows_kernel<T, 1, kVector><<<blocks, shape.block, 0, stream>>>(op);
-  else if (shape.octets == 2)
-    norm_rows_kernel<T, 2, kVector><<<blocks, shape.block, 0, stream>>>(op);
-  else
-    norm_rows_kernel<T, 4, kVector><<<blocks, shape.block, 0, stream>>>(op);
+  const int64_t held = int64_t{kQuads} * kQuadCols;
+  const int warps = static_cast<int>(std::max<int64_t>((op.cols + held - 1) / held, 1));
+  const int64_t together = warps == 1 ? kRowsTogether : 1, blocks = (op.rows + together - 1) / together;
+  norm_rows_kernel<T, kQuads, kVector, kResidual, kCodesOnly, kWeights>
+      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps * together), 0, stream>>>(op, warps);
   check_launch("norm_rows_kernel");
+}
+
+template <class T, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
+void launch_quads(const RmsNorm& op, cudaStream_t stream) {
+  constexpr int kMost = sizeof(T) == 4 || !kVector || kResidual ? 1 : 2;
+  const bool many = op.rows >= 16 * multiprocessors(current_device());
+  if (kMost == 2 && many && op.cols > kQuadCols)
+    launch_rows<T, kMost, kVector, kResidual, kCodesOnly, kWeights>(op, stream);
+  else
+    launch_rows<T, 1, kVector, kResidual, kCodesOnly, kWeights>(op, stream);
+}
+
+template <class T, bool kVector, bool kCodesOnly, Weights kWeights>
+void launch_residual(const RmsNorm& op, cudaStream_t stream) {
+  op.residual ? launch_quads<T, kVector, true, kCodesOnly, kWeights>(op, stream)
+              : launch_quads<T, kVector, false, kCodesOnly, kWeights>(op, stream);
 }
 
 template <class T>
 void rms_norm_typed(const RmsNorm& op, cudaStream_t stream) {
   const bool vector = op.cols % 8 == 0 && aligned16(op.x) && aligned16(op.residual) && aligned16(op.weight);
-  if (vector)
-    launch_rows<T, true>(op, stream);
+  if (op.y_cols.codes) return launch_norm_training(op, vector, stream);
+  if (!vector) return launch_residual<T, false, false, Weights::either>(op, stream);
+  const bool codes_only = op.y_rows.codes && !op.y && !op.x_rows.codes && !op.rstd;
+  if (!codes_only) return launch_residual<T, true, false, Weights::either>(op, stream);
+  if (op.weight_dtype == DType::bf16)
+    launch_residual<T, true, true, Weights::bf16>(op, stream);
   else
-    launch_rows<T, false>(op, stream);
-  if (op.y_cols.codes) launch_columns<T>(op, vector, stream);
+    launch_residual<T, true, true, Weights::f32>(op, stream);
 }
 
 }  // namespace
@@ -159,163 +150,6 @@ void rms_norm_sm90(const RmsNorm& op, void* stream) {
     rms_norm_typed<__nv_bfloat16>(op, static_cast<cudaStream_t>(stream));
   else
     rms_norm_typed<float>(op, static_cast<cudaStream_t>(stream));
-}
-
-namespace {
-
-// s as it was saved: itself, or its codes with the scale of their group.
-template <class T>
-struct SavedOctet {
-  Octet<T> octet;
-  __device__ float value(int j) const { return octet.value(j); }
-  template <bool kVector>
-  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int count) {
-    return {load_octet<kVector>(static_cast<const T*>(op.x) + row * op.cols + col, count)};
-  }
-};
-
-template <>
-struct SavedOctet<uint8_t> {
-  uint2 codes;
-  float scale;
-  __device__ __forceinline__ float value(int j) const {
-    const uint32_t word = j < 4 ? codes.x : codes.y;
-    const __half2_raw pair = __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(word >> (j / 2 % 2 * 16)), __NV_E4M3);
-    const float2 code = __half22float2(pair);
-    return __fmul_rn(j % 2 ? code.y : code.x, scale);
-  }
-  template <bool kVector>
-  static __device__ __forceinline__ SavedOctet load(const RmsNormBackward& op, int64_t row, int64_t col, int count) {
-    if (count <= 0) return {make_uint2(0, 0), 0.0f};
-    return {load_codes8<kVector>(op.x_codes.codes + row * op.cols + col, count),
-            __ldg(op.x_codes.scales + row + col / kTile * op.x_codes.scale_ld)};
-  }
-};
-
-// kBackwardRows rows a block, one after the other; each thread sums dy * xhat of its columns in registers.
-template <class T, class X, int kOctets, bool kVector>
-__global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNormBackward op) {
-  __shared__ float partials[2][kMaxThreads / 32];
-  const bool weight_bf16 = op.weight_dtype == DType::bf16;
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kBackwardRows;
-  const int rows = static_cast<int>(op.rows - first < kBackwardRows ? op.rows - first : kBackwardRows);
-  float dweight[kOctets][8] = {};
-
-  for (int r = 0; r < rows; ++r) {
-    const int64_t row = first + r;
-    const float rstd = __ldg(op.rstd + row);
-    Octet<T> dy[kOctets], residual[kOctets];
-    SavedOctet<X> s[kOctets];
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-      const int count = octet_count(row, col, op.rows, op.cols);
-      dy[i] = load_octet<kVector>(static_cast<const T*>(op.dy) + row * op.cols + col, count);
-      s[i] = SavedOctet<X>::template load<kVector>(op, row, col, count);
-      residual[i] = load_octet<kVector>(static_cast<const T*>(op.residual_grad) + row * op.cols + col, op.residual_grad ? count : 0);
-    }
-
-    float dot = 0.0f;
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-      float w[8];
-      load_weights<kVector>(op.weight, weight_bf16, col, octet_count(0, col, 1, op.cols), w);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float xhat = __fmul_rn(s[i].value(j), rstd);
-        dweight[i][j] = fmaf(dy[i].value(j), xhat, dweight[i][j]);
-        dot = fmaf(__fmul_rn(dy[i].value(j), w[j]), xhat, dot);
-      }
-    }
-    const float mean = __fdiv_rn(row_total(dot, partials[r & 1]), static_cast<float>(op.cols));
-
-#pragma unroll
-    for (int i = 0; i < kOctets; ++i) {
-      const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-      float w[8], v[8];
-      load_weights<kVector>(op.weight, weight_bf16, col, octet_count(0, col, 1, op.cols), w);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float xhat = __fmul_rn(s[i].value(j), rstd), g = __fmul_rn(dy[i].value(j), w[j]);
-        v[j] = __fmul_rn(rstd, fmaf(-xhat, mean, g));
-        if (op.residual_grad) v[j] = __fadd_rn(v[j], residual[i].value(j));
-      }
-      Octet<T> dx;
-      dx.set(v);
-      store_octet(static_cast<T*>(op.dx) + row * op.cols + col, dx, octet_count(0, col, 1, op.cols), kVector);
-    }
-  }
-
-#pragma unroll
-  for (int i = 0; i < kOctets; ++i) {
-    const int64_t col = (static_cast<int64_t>(i) * blockDim.x + threadIdx.x) * 8;
-    Octet<float> sums;
-    sums.set(dweight[i]);
-    store_octet(op.partials + static_cast<int64_t>(blockIdx.x) * op.cols + col, sums, octet_count(0, col, 1, op.cols), kVector);
-  }
-}
-
-// dweight: each of 32 slices sums its share of the partials in order, then the slices are summed in order.
-constexpr int kSlices = 32;
-
-__global__ void __launch_bounds__(32 * kSlices) fold_dweight_kernel(const float* partials, int64_t blocks, int64_t cols, float* dweight) {
-  __shared__ float sums[kSlices][32];
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  const int64_t share = (blocks + kSlices - 1) / kSlices;
-  const int64_t begin = threadIdx.y * share, end = begin + share < blocks ? begin + share : blocks;
-  float sum = 0.0f;
-  if (col < cols) {
-#pragma unroll 8
-    for (int64_t b = begin; b < end; ++b) sum += __ldg(partials + b * cols + col);
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || col >= cols) return;
-#pragma unroll
-  for (int s = 1; s < kSlices; ++s) sum += sums[s][threadIdx.x];
-  dweight[col] = sum;
-}
-
-template <class T, class X, bool kVector>
-void launch_backward(const RmsNormBackward& op, unsigned blocks, cudaStream_t stream) {
-  const RowShape shape = row_shape(op.cols);
-  const unsigned threads = shape.block.x;
-  if (shape.octets == 1)
-    norm_backward_kernel<T, X, 1, kVector><<<blocks, threads, 0, stream>>>(op);
-  else if (shape.octets == 2)
-    norm_backward_kernel<T, X, 2, kVector><<<blocks, threads, 0, stream>>>(op);
-  else
-    norm_backward_kernel<T, X, 4, kVector><<<blocks, threads, 0, stream>>>(op);
-  check_launch("norm_backward_kernel");
-}
-
-template <class T, class X>
-void backward_typed(const RmsNormBackward& op, unsigned blocks, cudaStream_t stream) {
-  const bool vector = op.cols % 8 == 0 && aligned16(op.dy) && aligned16(op.x) && aligned16(op.x_codes.codes) && aligned16(op.weight) &&
-                      aligned16(op.residual_grad);
-  if (vector)
-    launch_backward<T, X, true>(op, blocks, stream);
-  else
-    launch_backward<T, X, false>(op, blocks, stream);
-}
-
-}  // namespace
-
-void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream_pointer) {
-  cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  if (op.cols == 0) return;
-  const int64_t blocks = (op.rows + kBackwardRows - 1) / kBackwardRows;
-  if (blocks > 0) {
-    const unsigned grid = static_cast<unsigned>(blocks);
-    if (op.dtype == DType::bf16)
-      op.x ? backward_typed<__nv_bfloat16, __nv_bfloat16>(op, grid, stream) : backward_typed<__nv_bfloat16, uint8_t>(op, grid, stream);
-    else
-      op.x ? backward_typed<float, float>(op, grid, stream) : backward_typed<float, uint8_t>(op, grid, stream);
-  }
-  fold_dweight_kernel<<<static_cast<unsigned>((op.cols + 31) / 32), dim3(32, kSlices), 0, stream>>>(op.partials, blocks, op.cols,
-                                                                                                    op.dweight);
-  check_launch("fold_dweight_kernel");
 }
 
 }  // namespace eightfold::quant

@@ -14,10 +14,37 @@ __device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const Quantize
   uint32_t amax = octet_amax(x);
 #pragma unroll
   for (int mask = 8; mask > 0; mask /= 2) amax = max(amax, __shfl_xor_sync(kWholeWarp, amax, mask));
-  GroupDivider by = GroupDivider::of(group_scale(__uint_as_float(amax), false));
+  const float scale = group_scale(__uint_as_float(amax), false);
   if (count <= 0) return;
-  if (col % kTile == 0) out.scales[row + col / kTile * out.scale_ld] = by.scale;
+  const GroupDivider<T> by = GroupDivider<T>::of(scale);
+  if (col % kTile == 0) out.scales[row + col / kTile * out.scale_ld] = scale;
   store_codes8(out.codes + row * cols + col, encode_octet(x, by), count, vector);
+}
+
+// The same for four octets of a row, 256 columns apart, the first at `col`; of columns from `cols` on nothing is written. Four lanes
+// share the scale of a group.
+template <class T>
+__device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantized& out, int64_t row, int col, int cols, bool vector) {
+  const int lane = threadIdx.x & 31;
+  uint32_t amax[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) amax[k] = octet_amax(x[k]);
+  fold_rows<8, 2>(amax, lane);
+  fold_rows<4, 1>(amax, lane);
+  amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 2));
+  amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 1));
+  const float scale = group_scale(__uint_as_float(amax[0]), false);
+  const GroupDivider<T> own = GroupDivider<T>::of(scale);
+  const int own_col = (col & ~(kTile - 1)) + lane / 4 % 4 * 256;
+  if (lane % 4 == 0 && own_col < cols) out.scales[row + own_col / kTile * out.scale_ld] = scale;
+  uint8_t* codes = out.codes + row * cols + col;
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    const int owner = (lane & 16) | (k * 4);
+    const GroupDivider<T> by = {__shfl_sync(kWholeWarp, own.inverse, owner), __shfl_sync(kWholeWarp, own.aid, owner)};
+    const uint2 eight = encode_octet(unpacked_anew(x[k]), by);
+    if (col + k * 256 < cols) store_codes8(codes + k * 256, eight, vector ? 8 : cols - col - k * 256, vector);
+  }
 }
 
 // Eight weights as fp32, zeros beyond `count`; bf16 or fp32 in memory.
@@ -34,7 +61,7 @@ __device__ __forceinline__ void load_weights(const void* weight, bool bf16, int6
   }
 }
 
-inline TileOutput tile_output(const Quantized& rows, const Quantized& cols) {
+EF_HD TileOutput tile_output(const Quantized& rows, const Quantized& cols) {
   return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
 }
 

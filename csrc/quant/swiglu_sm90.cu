@@ -63,46 +63,55 @@ struct BackwardSource {
   int64_t dh_ld;
   RowCodes gate, up;
 
+  struct Loaded {
+    Octet<T> dh;
+    uint2 gate, up;
+    float gate_scale, up_scale;
+  };
+
   template <bool kVector>
-  __device__ __forceinline__ void load(int64_t row, int64_t col, Octet<T> (&out)[3]) const {
-    const int count = octet_count(row, col, rows, cols);
-    const Octet<T> d = load_octet<kVector>(dh + row * dh_ld + col, count);
-    const uint2 gate_codes = load_codes8<kVector>(gate.codes + row * cols + col, count);
-    const uint2 up_codes = load_codes8<kVector>(up.codes + row * cols + col, count);
-    const int64_t group = col / kTile;
-    const float gate_scale = count ? __ldg(gate.scales + row + group * gate.scale_ld) : 0.0f;
-    const float up_scale = count ? __ldg(up.scales + row + group * up.scale_ld) : 0.0f;
+  __device__ __forceinline__ Loaded load(int64_t row, int64_t col, int count) const {
+    const int64_t at = row * cols + col, group = col / kTile;
+    return {load_octet<kVector>(dh + row * dh_ld + col, count), load_codes8<kVector>(gate.codes + at, count),
+            load_codes8<kVector>(up.codes + at, count), count > 0 ? __ldg(gate.scales + row + group * gate.scale_ld) : 0.0f,
+            count > 0 ? __ldg(up.scales + row + group * up.scale_ld) : 0.0f};
+  }
+
+  static __device__ __forceinline__ void differentiate(const Loaded& x, Octet<T>& dgate_out, Octet<T>& dup_out, Octet<T>& h_out) {
     float gates[8], ups[8], dgate[8], dup[8], h[8];
-    decode4(gate_codes.x, gates), decode4(gate_codes.y, gates + 4);
-    decode4(up_codes.x, ups), decode4(up_codes.y, ups + 4);
+    decode4(x.gate.x, gates), decode4(x.gate.y, gates + 4);
+    decode4(x.up.x, ups), decode4(x.up.y, ups + 4);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      const float g = __fmul_rn(gates[j], gate_scale), u = __fmul_rn(ups[j], up_scale), dv = d.value(j);
+      const float g = __fmul_rn(gates[j], x.gate_scale), u = __fmul_rn(ups[j], x.up_scale), dv = x.dh.value(j);
       const float s = sigmoid(g), silu = __fmul_rn(g, s);
       const float slope = __fmul_rn(s, fmaf(g, __fsub_rn(1.0f, s), 1.0f));
       dgate[j] = __fmul_rn(__fmul_rn(dv, u), slope);
       dup[j] = __fmul_rn(dv, silu);
       h[j] = __fmul_rn(silu, u);
     }
-    out[0].set(dgate), out[1].set(dup), out[2].set(h);
+    dgate_out.set(dgate), dup_out.set(dup), h_out.set(h);
   }
 };
 
-// A value waits in shared memory while another is cast: three values of a tile would fill the registers of a whole SM. Each thread
-// reads only what it wrote itself, so there is nothing to synchronise.
+constexpr int kBand = 4;  // 512 threads a tile: three values of it would fill the registers of 256
+template <class T>
+constexpr int kSharing = sizeof(T) == 2 ? 2 : 1;  // blocks on an SM
+
+// Values wait in shared memory while another is cast. Each thread reads only what it wrote itself, so there is nothing to synchronise.
 template <class T>
 struct Parked {
   static constexpr int kQuads = Octet<T>::kWords / 4;
-  uint4 quads[kBandRows][kQuads][kTileThreads];
+  uint4 quads[kBand][kQuads][tile_threads(kBand)];
 
   __device__ __forceinline__ void put(int p, const Octet<T>& x) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
       quads[p][q][threadIdx.x] = make_uint4(x.words[4 * q], x.words[4 * q + 1], x.words[4 * q + 2], x.words[4 * q + 3]);
   }
-  __device__ __forceinline__ void get(Octet<T> (&x)[kBandRows]) const {
+  __device__ __forceinline__ void get(Octet<T> (&x)[kBand]) const {
 #pragma unroll
-    for (int p = 0; p < kBandRows; ++p)
+    for (int p = 0; p < kBand; ++p)
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const uint4 quad = quads[p][q][threadIdx.x];
@@ -113,33 +122,50 @@ struct Parked {
 
 template <class T>
 struct BackwardShared {
-  TileShared tile;
+  TileShared<kBand> tile;
   Parked<T> dup, h;
 };
 
-template <class T, bool kVector>
-__global__ void __launch_bounds__(kTileThreads, sizeof(T) == 2 ? 2 : 1)
-    swiglu_backward_kernel(const BackwardSource<T> source, const TileOutputs<3> outputs) {
+struct BackwardOutputs {
+  TileOutput dgate, dup, h;
+};
+
+template <class T, bool kFull>
+__device__ __forceinline__ void backward_tile(const BackwardSource<T>& source, const BackwardOutputs& to, const TileShape& tile,
+                                              bool vector, BackwardShared<T>& shared) {
+  const TileThread<kBand> me;
+  typename BackwardSource<T>::Loaded loaded[kBand];
+#pragma unroll
+  for (int p = 0; p < kBand; ++p) {
+    const int64_t row = me.row(tile) + p, col = me.col(tile);
+    const int count = kFull ? 8 : octet_count(row, col, source.rows, source.cols);
+    loaded[p] = kFull || vector ? source.template load<true>(row, col, count) : source.template load<false>(row, col, count);
+  }
+  Octet<T> values[kBand];
+#pragma unroll
+  for (int p = 0; p < kBand; ++p) {
+    Octet<T> dup, h;
+    source.differentiate(loaded[p], values[p], dup, h);
+    shared.dup.put(p, dup);
+    shared.h.put(p, h);
+  }
+  cast_tile<kRows128 | kCols, kFull>(values, to.dgate, tile, shared.tile.stats, shared.tile.codes, false);
+  shared.dup.get(values);
+  cast_tile<kRows128 | kCols, kFull>(values, to.dup, tile, shared.tile.stats, shared.tile.codes, false);
+  shared.h.get(values);
+  cast_tile<kCols, kFull>(values, to.h, tile, shared.tile.stats, shared.tile.codes, false);
+}
+
+template <class T>
+__global__ void __launch_bounds__(tile_threads(kBand), kSharing<T>)
+    swiglu_backward_kernel(const BackwardSource<T> source, const BackwardOutputs to, bool vector) {
   extern __shared__ __align__(16) unsigned char memory[];
   BackwardShared<T>& shared = *reinterpret_cast<BackwardShared<T>*>(memory);
-  const TileThread me;
-  const uint32_t across = static_cast<uint32_t>((source.cols + kTile - 1) / kTile);
-  const TileShape tile = {source.rows, source.cols, static_cast<int64_t>(blockIdx.x / across) * kTile,
-                          static_cast<int64_t>(blockIdx.x % across) * kTile};
-  Octet<T> values[kBandRows];
-#pragma unroll
-  for (int p = 0; p < kBandRows; ++p) {
-    Octet<T> of_row[3];
-    source.template load<kVector>(tile.row + me.band * kBandRows + p, tile.col + me.octet * 8, of_row);
-    values[p] = of_row[0];
-    shared.dup.put(p, of_row[1]);
-    shared.h.put(p, of_row[2]);
-  }
-  cast_tile<kRows128 | kCols>(values, outputs.at[0], tile, shared.tile, false);
-  shared.dup.get(values);
-  cast_tile<kRows128 | kCols>(values, outputs.at[1], tile, shared.tile, false);
-  shared.h.get(values);
-  cast_tile<kCols>(values, outputs.at[2], tile, shared.tile, false);
+  const TileShape tile = tile_of(source.rows, source.cols, blockIdx.x);
+  if (vector && tile.full())
+    backward_tile<T, true>(source, to, tile, vector, shared);
+  else
+    backward_tile<T, false>(source, to, tile, vector, shared);
 }
 
 template <class T>
@@ -147,13 +173,11 @@ void backward_typed(const SwigluBackward& op, cudaStream_t stream) {
   const bool vector =
       op.cols % 8 == 0 && op.dh_ld % (16 / sizeof(T)) == 0 && aligned16(op.dh) && aligned16(op.gate.codes) && aligned16(op.up.codes);
   const BackwardSource<T> source{op.rows, op.cols, static_cast<const T*>(op.dh), op.dh_ld, op.gate, op.up};
-  const TileOutputs<3> outputs = {
-      {tile_output(op.dgate_rows, op.dgate_cols), tile_output(op.dup_rows, op.dup_cols), tile_output({}, op.h_cols)}};
+  const BackwardOutputs to = {tile_output(op.dgate_rows, op.dgate_cols), tile_output(op.dup_rows, op.dup_cols), tile_output({}, op.h_cols)};
   const int64_t tiles = (op.rows + kTile - 1) / kTile * ((op.cols + kTile - 1) / kTile);
   constexpr int kBytes = sizeof(BackwardShared<T>);
-  const auto kernel = vector ? swiglu_backward_kernel<T, true> : swiglu_backward_kernel<T, false>;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  kernel<<<static_cast<unsigned>(tiles), kTileThreads, kBytes, stream>>>(source, outputs);
+  cudaFuncSetAttribute(swiglu_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  swiglu_backward_kernel<T><<<static_cast<unsigned>(tiles), tile_threads(kBand), kBytes, stream>>>(source, to, vector);
   check_launch("swiglu_backward_kernel");
 }
 
