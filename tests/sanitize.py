@@ -44,6 +44,18 @@ def products(m: int, n: int, k: int) -> None:
     op.fp8_gemm_accumulate_(out, *left, *right, 1)
 
 
+def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int) -> None:
+    x = torch.randn(1, tokens, heads, head_size, device="cuda", dtype=torch.bfloat16)
+    angle = torch.rand(1, tokens, 1, head_size // 2, device="cuda")
+    labels = torch.randint(-1, vocabulary, (tokens,), device="cuda")
+    labels[labels < 0] = -100
+    for inverse in (False, True):
+        op.rotary(x, angle.cos(), angle.sin(), inverse)
+    for dtype in FORMATS:
+        for training in (False, True):
+            op.cross_entropy(torch.randn(tokens, vocabulary, device="cuda", dtype=dtype), labels, training)
+
+
 def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
     # One element past the aligned start of its storage: the scalar path.
     params = [torch.randn(a * b + 1, device="cuda").to(dtype)[1:].view(a, b) for a, b in shapes]
@@ -81,7 +93,9 @@ if __name__ == "__main__":
             casts(rows, cols, dtype)
             fused(rows, cols, dtype)
         optimizer([(1, 1), (3, 130), (40, 128), (17, 1000)], dtype)
-    for m, n, k in ((1, 16, 16), (7, 144, 272), (64, 128, 128), (130, 272, 400), (300, 1040, 528)):
+    for m, n, k in ((1, 16, 16), (7, 144, 272), (64, 128, 128), (100, 400, 640), (130, 272, 400), (2100, 2064, 272)):
         products(m, n, k)
+    attention_and_loss(9, 3, 36, 1003)
+    attention_and_loss(130, 4, 128, 2048)
     torch.cuda.synchronize()
     print("every op ran")
