@@ -1,3 +1,4 @@
 """Kernel microbenchmarks, one module a family: `eightfold bench [family ...]`."""
 
-FAMILIES = ("quant", "norm", "activation", "gemm", "optim", "step")
+FAMILIES = ("quant", "norm", "activation", "gemm", "optim")
+LONG = ("step",)  # whole layers and training steps, with compiles: minutes, so only by name
