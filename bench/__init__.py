@@ -1,4 +1,4 @@
 """Kernel microbenchmarks, one module a family: `eightfold bench [family ...]`."""
 
-FAMILIES = ("quant", "norm", "activation", "gemm", "optim")
+FAMILIES = ("quant", "norm", "activation", "rotary", "gemm", "loss", "optim")
 LONG = ("step",)  # whole layers and training steps, with compiles: minutes, so only by name

@@ -1,7 +1,7 @@
 // The device that kernels are launched on.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <atomic>
 
@@ -25,6 +25,15 @@ inline int multiprocessors(int device) {
     if (device < kMaxDevices) counts[device].store(count, std::memory_order_relaxed);
   }
   return count;
+}
+
+// Lets launches of `kernel` ask for `bytes` of dynamic shared memory; asked of the driver once for each device and kernel.
+template <auto kernel>
+void allow_shared_memory(int bytes, int device, const char* doing) {
+  static std::atomic<bool> allowed[kMaxDevices];
+  if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed)) return;
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), doing);
+  if (device < kMaxDevices) allowed[device].store(true, std::memory_order_relaxed);
 }
 
 }  // namespace eightfold

@@ -12,8 +12,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "core/barrier.cuh"
 #include "core/cluster.cuh"
 #include "core/cuda_check.h"
@@ -49,8 +47,7 @@ struct Config {
   // Room in which a warp turns finished registers into rows. Little, because stages are worth more.
   static constexpr int kWarpStaging = kMathGroups == 3 ? 1024 : 2048;
   static constexpr int kStaging = 4 * kMathGroups * kWarpStaging;
-  static constexpr int kMostStages = (kSharedBytes - kStaging - 256) / kStageBytes;
-  static constexpr int kStages = kMostStages < 8 ? kMostStages : 8;
+  static constexpr int kStages = (kSharedBytes - kStaging - 256) / kStageBytes;  // less room for barriers
 
   static constexpr int kB = kStages * kABytes, kOut = kB + kStages * kBBytes, kAScales = kOut + kStaging;
   static constexpr int kBScales = kAScales + kStages * kAScaleBytes;
@@ -258,8 +255,8 @@ struct Math {
   }
 
   // One product under way: the other warpgroups' products fill the tensor cores while this one promotes. What else there is to do is
-  // done while a product is under way: reading scales, writing a finished block
-  // of results. So the path from one product to the next is the promotion alone, and the loop inside a tile stays lean.
+  // done while a product is under way: reading scales, writing a finished block of results. So the path from one product to the
+  // next is the promotion alone, and the loop inside a tile stays lean.
   __device__ __forceinline__ void run_alternating() const {
     Tile acc[C::kBlocks];
 #pragma unroll
@@ -410,12 +407,7 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(C::kThreads, 1)
 
 template <class C>
 void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream) {
-  static std::atomic<bool> ready[kMaxDevices];
-  if (device >= kMaxDevices || !ready[device].load(std::memory_order_relaxed)) {
-    cuda_check(cudaFuncSetAttribute(fp8_gemm_pairs_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes),
-               "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
-    if (device < kMaxDevices) ready[device].store(true, std::memory_order_relaxed);
-  }
+  allow_shared_memory<fp8_gemm_pairs_kernel<C>>(C::kBytes, device, "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
   const int64_t steps = (args.k + kStepK - 1) / kStepK;
   const CUtensorMap a = fp8_gemm_codes_map(args.a, args.m, args.k, args.lda, C::kTileM / (plan.share_a ? 2 : 1));
   const CUtensorMap b = fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, kTileN / (plan.share_a ? 1 : 2));

@@ -26,33 +26,26 @@ constexpr bool fp8_gemm_small_allowed(int width, int64_t m) { return m > 64 ? wi
 inline Fp8GemmSmallPlan fp8_gemm_small_plan(int64_t m, int64_t n, int64_t k, int sm_count) {
   Fp8GemmSmallPlan best{};
   int64_t best_clocks = 0;
-  const int64_t halves = m > 64 ? 2 : 1;
-  for (int64_t c = m > 16 ? 2 : 1; c <= (m > 16 ? 2 : 1); c *= 2) {
-    const int64_t sharers = c / halves;  // of a; also the tiles of a cluster
-    const int64_t rows = m > 64 ? 64 : (m + 8 * c - 1) / (8 * c) * (8 * c);
-    const int64_t room = sm_count / c * c, blocks = room > c ? room : c;
-    for (const int width : kFp8GemmSmallWidths) {
-      if (!fp8_gemm_small_allowed(width, m)) continue;
-      const int64_t tiles = ((n + width - 1) / width + sharers - 1) / sharers * sharers;
-      const int64_t waves = (tiles * halves + blocks - 1) / blocks;
-      const int64_t grid = ((tiles * halves + waves - 1) / waves + c - 1) / c * c;
-      // Clocks of 128 of K when all blocks work: device memory, the L2 cache, and a multiprocessor's port and matrix unit. The first
-      // two are shared; a quarter of what a multiprocessor takes for itself stays visible, so more of them are better.
-      const int64_t memory = grid * width / halves * 128 / 1700, cache = grid * (rows / sharers + width / halves) * 128 / 3000;
-      const int64_t port = (rows + width) * 128 / 50, matrix = 2 * width + (width > 96 ? 160 : 60);
-      const int64_t shared = memory > cache ? memory : cache, own = port > matrix ? port : matrix;
-      const int64_t step = (shared > own ? shared : own) + own / 4;
-      const int64_t clocks = waves * ((k + 127) / 128 * step + 250);
-      if (best.width == 0 || clocks < best_clocks) {
-        best.width = width;
-        best.cluster = static_cast<int>(c);
-        best.halves = static_cast<int>(halves);
-        best.rows = static_cast<int>(rows);
-        best.tiles = tiles;
-        best.grid = static_cast<int>(grid);
-        best_clocks = clocks;
-      }
-    }
+  // Clusters of two where loading a counts. Of four, an H100 holds fewer than 32 at once: a second wave doubles the time.
+  const int64_t cluster = m > 16 ? 2 : 1, halves = m > 64 ? 2 : 1;
+  const int64_t sharers = cluster / halves;  // of a; also the tiles of a cluster
+  const int64_t rows = m > 64 ? 64 : (m + 8 * cluster - 1) / (8 * cluster) * (8 * cluster);
+  const int64_t room = sm_count / cluster * cluster, blocks = room > cluster ? room : cluster;
+  for (const int width : kFp8GemmSmallWidths) {
+    if (!fp8_gemm_small_allowed(width, m)) continue;
+    const int64_t tiles = ((n + width - 1) / width + sharers - 1) / sharers * sharers;
+    const int64_t waves = (tiles * halves + blocks - 1) / blocks;
+    const int64_t grid = ((tiles * halves + waves - 1) / waves + cluster - 1) / cluster * cluster;
+    // Clocks of 128 of K when all blocks work: device memory, the L2 cache, and a multiprocessor's port and matrix unit. The first
+    // two are shared; a quarter of what a multiprocessor takes for itself stays visible, so more of them are better.
+    const int64_t memory = grid * width / halves * 128 / 1700, cache = grid * (rows / sharers + width / halves) * 128 / 3000;
+    const int64_t port = (rows + width) * 128 / 50, matrix = 2 * width + (width > 96 ? 160 : 60);
+    const int64_t shared = memory > cache ? memory : cache, own = port > matrix ? port : matrix;
+    const int64_t step = (shared > own ? shared : own) + own / 4;
+    const int64_t clocks = waves * ((k + 127) / 128 * step + 250);
+    if (best.width != 0 && clocks >= best_clocks) continue;
+    best = {width, static_cast<int>(cluster), static_cast<int>(halves), static_cast<int>(rows), tiles, static_cast<int>(grid)};
+    best_clocks = clocks;
   }
   return best;
 }

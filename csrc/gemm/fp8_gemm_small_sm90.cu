@@ -21,7 +21,6 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
-#include <atomic>
 #include <type_traits>
 
 #include "core/barrier.cuh"
@@ -203,7 +202,7 @@ __device__ __forceinline__ float bias_at(const GemmOutput& o, int32_t column) {
 // Writes 64 rows of a tile; `row` is the lane's upper row. Four lanes hold 32 columns of a row as words of two; traded among
 // them, each writes 16 bytes. All lanes of a warp call it.
 template <int kCount>
-__device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCount], int32_t row, int32_t column, uint32_t lane) {
+__device__ __forceinline__ void write_tile(const GemmOutput& o, float (&acc)[kCount], int32_t row, int32_t column, uint32_t lane) {
   constexpr int kColumnBlocks = kCount / 4;
   if (o.bias != nullptr) {
 #pragma unroll
@@ -327,7 +326,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
     };
     if (args.steps > 0) run();
 
-    store_rows(args.output, acc, static_cast<int32_t>(64 * args.half() + lane_row), column, lane);
+    write_tile(args.output, acc, static_cast<int32_t>(64 * args.half() + lane_row), column, lane);
     __syncwarp();  // the next tile's matrix instructions want whole warps
   }
 }
@@ -374,14 +373,8 @@ __global__ void __launch_bounds__(kThreads, 1)
 
 template <class C>
 void launch(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, cudaStream_t stream) {
-  const auto kernel = fp8_gemm_small_kernel<C>;
-  static std::atomic<bool> ready[kMaxDevices];
-  if (device >= kMaxDevices || !ready[device].load(std::memory_order_relaxed)) {
-    const char* doing = "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)";
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kSharedBytes), doing);
-    cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), doing);
-    if (device < kMaxDevices) ready[device].store(true, std::memory_order_relaxed);
-  }
+  constexpr auto kernel = fp8_gemm_small_kernel<C>;
+  allow_shared_memory<kernel>(kSharedBytes, device, "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
 
   KernelArgs kernel_args{};
   kernel_args.output = gemm_output(args);

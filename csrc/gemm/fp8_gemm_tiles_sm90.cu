@@ -6,8 +6,6 @@
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include <atomic>
-
 #include "core/barrier.cuh"
 #include "core/cuda_check.h"
 #include "core/device.h"
@@ -204,12 +202,7 @@ __global__ void __launch_bounds__(C::kThreads, 1)
 
 template <class C>
 void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream) {
-  static std::atomic<bool> ready[kMaxDevices];
-  if (device >= kMaxDevices || !ready[device].load(std::memory_order_relaxed)) {
-    cuda_check(cudaFuncSetAttribute(fp8_gemm_tiles_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::kBytes),
-               "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
-    if (device < kMaxDevices) ready[device].store(true, std::memory_order_relaxed);
-  }
+  allow_shared_memory<fp8_gemm_tiles_kernel<C>>(C::kBytes, device, "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
 
   const int64_t steps = (args.k + kStepK - 1) / kStepK;
   CUtensorMap a{}, b{}, a_scales{}, b_scales{};  // unused when k is 0

@@ -51,8 +51,6 @@ __device__ __forceinline__ float fold_lanes(float (&v)[4], int lane) {
   return v[0];
 }
 
-__device__ __forceinline__ float quad_of(float a, float b, float c, float d) { return __fadd_rn(__fadd_rn(a, b), __fadd_rn(c, d)); }
-
 // The quad whose slices' parts these are, in every lane.
 __device__ __forceinline__ float fold_quad(float (&parts)[4], int lane) {
   float sum = fold_lanes(parts, lane);

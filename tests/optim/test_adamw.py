@@ -272,6 +272,27 @@ def test_moved_tensors_are_noticed(device, change):
     assert_same_training(a, b, moved, left)
 
 
+def test_parameters_that_take_part_change_between_steps(device):
+    """Batches are kept between steps: they follow gradients that come and go, and states that are put in anew."""
+    model = network(device)
+    opt = AdamW(model.parameters(), lr=1e-2)
+    weight = model[0].weight
+    train(model, opt, 1)
+    without = weight.detach().clone()
+    for p in model.parameters():
+        p.grad = None if p is weight else torch.ones_like(p)
+    opt.step()
+    assert torch.equal(weight, without)
+    assert float(opt.state[weight]["step"]) == 1
+    weight.grad = torch.ones_like(weight)
+    opt.step()
+    assert not torch.equal(weight, without)
+    assert float(opt.state[weight]["step"]) == 2
+    opt.state[weight] = {name: t.clone() for name, t in opt.state[weight].items()}
+    opt.step()
+    assert float(opt.state[weight]["step"]) == 3
+
+
 def test_missing_gradients_closures_and_versions():
     model = network()
     model[0].weight.requires_grad_(False)
