@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def script() -> int:
     """The console script: ``main``, and for torchrun's processes an end without teardown."""
     code = main()
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if _processes() > 1:
         # The process group's threads may want the interpreter while it is being torn down, and then abort the process.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -42,9 +42,17 @@ def script() -> int:
     return code
 
 
+def _processes() -> int:
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def _fail(message: str, code: int) -> int:
-    if os.environ.get("RANK", "0") == "0":
-        print(f"eightfold: {message}", file=sys.stderr)
+    if _processes() > 1:
+        from eightfold.train.distributed import speaks_first
+
+        if not speaks_first(message):
+            return code
+    print(f"eightfold: {message}", file=sys.stderr, flush=True)
     return code
 
 

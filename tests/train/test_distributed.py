@@ -77,11 +77,28 @@ def test_weights_saved_by_two_processes_are_those_of_one(settings, tmp_path):
     assert len(json.loads((two / "trainer" / "state.json").read_text())["random"]) == 2
 
 
-def test_a_user_error_is_said_once(settings, tmp_path):
-    path = tmp_path / "settings.yaml"
+LATE = """
+import os, sys, time
+from eightfold import cli
+fail = cli._fail
+def late(*arguments):
+    time.sleep(20 if os.environ["RANK"] == "{late}" else 0)
+    code = fail(*arguments)
+    time.sleep(2 if "{late}" == "neither" else 0)
+    return code
+cli._fail = late
+sys.exit(cli.script())
+"""
+
+
+@pytest.mark.parametrize("late", ["0", "1", "neither"])
+def test_a_user_error_is_said_once(settings, tmp_path, late):
+    """Also when torchrun ends one process before it could speak, and when both speak before torchrun looks."""
+    path, command = tmp_path / "settings.yaml", tmp_path / "late.py"
     path.write_text(yaml.safe_dump(settings | {"batch_size": 3, "micro_batch_size": None}))
+    command.write_text(LATE.format(late=late))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, "-m", "eightfold.cli", "train", str(path)], capture_output=True, text=True)
+    done = subprocess.run([*launcher, str(command), "train", str(path)], capture_output=True, text=True, timeout=300)
     assert done.returncode != 0
     assert done.stderr.count("eightfold: batch_size=3 cannot be shared by 2 processes") == 1
 

@@ -4,6 +4,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -69,6 +70,25 @@ def start(device: str = "auto") -> Iterator[World]:
         yield World(dist.get_rank(), size, place)
     finally:
         dist.destroy_process_group()
+
+
+def speaks_first(message: str) -> bool:
+    """Whether this process is the first of torchrun's to ask about ``message``; true when the others are out of reach.
+
+    No fixed process can speak for all: torchrun ends the others as soon as one has failed.
+    """
+    try:
+        # torchrun's own store, which outlives every process of a run.
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            wait_for_workers=False,
+            timeout=timedelta(seconds=5),
+        )
+        return store.add(f"eightfold/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{message}", 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
 
 
 def shard(model: nn.Module, world: World) -> None:
