@@ -10,11 +10,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 import torch
 
 Run = Callable[[], object]
+PEERS = ("sgl-deep-gemm", "deep_gemm", "torchao", "bitsandbytes", "liger-kernel", "triton")
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Case:
     flop: float = 0.0
     bytes: float = 0.0
     peers: dict[str, Run] = field(default_factory=dict)
+    calls: int = 1  # how often one run does the work; times are those of one
+    graph: bool = True  # whether ours and the best peer are also timed in a CUDA graph, with what it needs in L2
     queue_cycles: int = 20_000  # the device waits so long while the host queues a run, so host time is not measured
 
 
@@ -43,6 +47,7 @@ class Line:
     peer: str | None
     ratio_to_peer: float | None
     peers_us: dict[str, float]
+    graph_us: dict[str, float]
     error: float
 
 
@@ -73,12 +78,13 @@ class Bench:
         times = self._interleaved({"copy": lambda: target.copy_(source), "matmul": matmul})
         return 2 * source.numel() / times["copy"] / 1e3, 2 * n**3 / times["matmul"] / 1e6
 
-    def _time_once(self, run: Run, queue_cycles: int) -> float:
+    def _time_once(self, run: Run, queue_cycles: int, flush: bool) -> float:
         if self.device.type == "cpu":
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e6
-        self.flush.zero_()
+        if flush:
+            self.flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(queue_cycles)
         start.record()
@@ -87,14 +93,14 @@ class Bench:
         end.synchronize()
         return start.elapsed_time(end) * 1e3
 
-    def _interleaved(self, runs: dict[str, Run], queue_cycles: int = 20_000) -> dict[str, float]:
+    def _interleaved(self, runs: dict[str, Run], queue_cycles: int = 20_000, flush: bool = True) -> dict[str, float]:
         for run in runs.values():
             for _ in range(2):
                 run()
         samples: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(self.rounds):
             for name, run in runs.items():
-                samples[name].append(self._time_once(run, queue_cycles))
+                samples[name].append(self._time_once(run, queue_cycles, flush))
         return {name: statistics.median(values) for name, values in samples.items()}
 
     def add(self, case: Case) -> Line:
@@ -109,13 +115,28 @@ class Bench:
             except Exception as reason:  # a peer that cannot take this shape is left out, visibly
                 print(f"  peer {name} left out at {case.shape}: {str(reason).splitlines()[0][:90]}")
         times = self._interleaved({"ours": case.ours, **usable}, case.queue_cycles)
+        times = {name: us / case.calls for name, us in times.items()}
         us = times.pop("ours")
         best = min(times, key=times.get) if times else None
         tflops = case.flop / us / 1e6 if case.flop else None
         gbps = case.bytes / us / 1e3 if case.bytes else None
         floor_us = max(case.bytes / self.copy_gbps / 1e3, 0.0 if case.bytes else case.flop / self.matmul_tflops / 1e6)
+        graph_us = {}
+        if case.graph and self.device.type == "cuda":
+            again = {"ours": case.ours, **({best: usable[best]} if best else {})}
+            graph_us = self._interleaved({name: replayed([run]) for name, run in again.items()}, flush=False)
         line = Line(
-            case.op, case.shape, us, tflops, gbps, floor_us / us, best, times[best] / us if best else None, times, error
+            op=case.op,
+            shape=case.shape,
+            us=us,
+            tflops=tflops,
+            gbps=gbps,
+            share_of_ceiling=floor_us / us,
+            peer=best,
+            ratio_to_peer=times[best] / us if best else None,
+            peers_us=times,
+            graph_us=graph_us,
+            error=error,
         )
         self.lines.append(line)
         print(self._row(line), flush=True)
@@ -135,12 +156,16 @@ class Bench:
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         machine = {
             "device": name,
-            "torch": torch.__version__,
+            "driver": _driver() if self.device.type == "cuda" else None,
+            "versions": _versions(),
             "commit": commit or _commit(),
             "copy_gbps": self.copy_gbps,
             "fp8_matmul_tflops" if self.device.type == "cuda" else "fp32_matmul_tflops": self.matmul_tflops,
         }
         print(f"{family} on {name}: copy {self.copy_gbps:.0f} GB/s, matmul {flop_rate(self.matmul_tflops).strip()}")
+        for (op, peer), ratios in _by_peer(self.lines).items():
+            mean = statistics.geometric_mean(ratios)
+            print(f"  {op}: {mean:.3f}x {peer} (geometric mean of {len(ratios)}; least {min(ratios):.3f})")
         if results is None:
             return
         path = results / name.lower().replace(" ", "-") / f"{family}.jsonl"
@@ -149,6 +174,15 @@ class Bench:
             for record in ({"machine": machine}, *({"line": asdict(line)} for line in self.lines)):
                 out.write(json.dumps(record) + "\n")
         print(f"written: {path}")
+
+
+def _by_peer(lines: list[Line]) -> dict[tuple[str, str], list[float]]:
+    """(op, peer) -> the peer's time over ours at each shape."""
+    ratios: dict[tuple[str, str], list[float]] = {}
+    for line in lines:
+        for peer, us in line.peers_us.items():
+            ratios.setdefault((line.op, peer), []).append(us / line.us)
+    return ratios
 
 
 def flop_rate(tflops: float) -> str:
@@ -163,10 +197,46 @@ def _commit() -> str | None:
     return found.stdout.strip() or None
 
 
+def _driver() -> str | None:
+    """The GPU driver's version."""
+    try:
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].strip()
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
+
+
+def _versions() -> dict[str, str]:
+    """Versions of torch and of the peers that are installed."""
+    found = {"torch": torch.__version__}
+    for package in PEERS:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
 def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
     """Frobenius norm of the difference over that of the reference, in float64."""
     reference = reference.double()
     return ((value.double() - reference).norm() / reference.norm().clamp(min=1e-300)).item()
+
+
+def replayed(calls: list[Run]) -> Run:
+    """Runs ``calls`` in turn: on a GPU as one CUDA graph, so that the host has no part in their time."""
+    if not torch.cuda.is_available():
+        return lambda: [call() for call in calls]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for call in calls:
+            call()
+    return graph.replay
 
 
 def compiled(function: Callable, *inputs: torch.Tensor) -> Run:
