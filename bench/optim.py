@@ -1,68 +1,121 @@
 """AdamW with 8-bit states, multi-tensor. Floor: 10.2 (bf16 parameters and gradients) or 16.2 bytes a parameter.
 
-Read: parameter, gradient, two codes and their metadata; written: parameter, two codes, metadata.
+Read: parameter, gradient, two codes and their metadata; written: parameter, two codes, metadata. Vectors have float32
+states. Each set is timed on the device alone and, "wall", from the host's call to the end of the work.
 """
+
+import importlib
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 
 import eightfold.optim
 
-from .common import Bench, Case, relative_error
+from .common import Bench, Case, Run, relative_error
 
+Shapes = Sequence[tuple[int, ...]]
 LLAMA_1B = [(2048, 2048)] * 88 + [(5632, 2048)] * 66 + [(32000, 2048)] * 2
+LAYER_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)] + [(4096,)] * 2
+LLAMA_7B = [(32000, 4096)] * 2 + LAYER_7B * 32 + [(4096,)]
 CPU_SET = [(576, 576)] * 8 + [(1536, 576)] * 6
+QUEUE_CYCLES = 20_000_000  # 11 ms: more than these optimizers' host time
+LIBRARIES = {
+    "bitsandbytes AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
+    "torchao AdamW8bit": ("torchao.optim", "AdamW8bit"),
+    "torchao AdamWFp8": ("torchao.optim", "AdamWFp8"),
+}
 
 
 def run(bench: Bench) -> None:
-    shapes = LLAMA_1B if bench.device.type == "cuda" else CPU_SET
-    for dtype in (torch.bfloat16, torch.float32):
-        size = 2 if dtype == torch.bfloat16 else 4
-        numel = sum(rows * cols for rows, cols in shapes)
-        parameters = _parameters(shapes, dtype, bench.device)
-        ours = eightfold.optim.AdamW(parameters, lr=1e-4)
-        ours.step()
-        peers = {"torch AdamW fused": _torch_step(parameters, fused=True)}
-        peers |= _library_peers(parameters) if bench.device.type == "cuda" else {}
+    if bench.device.type == "cpu":
+        for dtype in (torch.bfloat16, torch.float32):
+            _add(bench, CPU_SET, dtype, [_torch_fused(dtype)])
+        return
+    libraries = [_library(name) for name in LIBRARIES]
+    _add(bench, LLAMA_1B, torch.bfloat16, [_torch_fused(torch.bfloat16), _torch_fused(torch.float32), *libraries])
+    _add(bench, LLAMA_1B, torch.float32, [_torch_fused(torch.float32), *libraries])
+    # All peers' states at once would not fit beside 7B parameters and gradients.
+    for peer in (_torch_fused(torch.bfloat16), _library("bitsandbytes AdamW8bit")):
+        _add(bench, LLAMA_7B, torch.bfloat16, [peer])
+
+
+Peer = Callable[[list[torch.nn.Parameter]], dict[str, Run]]
+
+
+def _add(bench: Bench, shapes: Shapes, dtype: torch.dtype, peers: list[Peer]) -> None:
+    size = dtype.itemsize
+    eight_bit = sum(math.prod(s) for s in shapes if len(s) > 1)
+    plain = sum(math.prod(s) for s in shapes if len(s) == 1)
+    parameters = _parameters(shapes, dtype, bench.device)
+    ours = eightfold.optim.AdamW(parameters, lr=1e-4).step
+    runs = {name: step for peer in peers for name, step in peer(parameters).items()}
+    ops: dict[str, Callable[[Run], Run]] = {"adamw_dre": lambda step: step}
+    if bench.device.type == "cuda":
+        ops["adamw_dre wall"] = _from_idle
+    for op, wrap in ops.items():
         bench.add(
             Case(
-                "adamw_dre",
-                f"{len(shapes)} tensors {numel / 1e9:.2f} G {str(dtype)[6:]}",
-                ours=ours.step,
-                error=lambda dtype=dtype: _error(dtype, bench.device),
+                op,
+                f"{len(shapes)} tensors {(eight_bit + plain) / 1e9:.2f} G {_short(dtype)}",
+                ours=wrap(ours),
+                error=lambda: _error(bench.device),
                 tolerance=0.05,
-                bytes=numel * (3 * size + 4 + 2 * 2 * 5 / 128),
-                peers=peers,
-                queue_cycles=20_000_000,  # 11 ms: more than these optimizers' host time
+                bytes=eight_bit * (3 * size + 4 + 2 * 2 * 5 / 128) + plain * (3 * size + 16 + (8 if size == 2 else 0)),
+                peers={name: wrap(step) for name, step in runs.items()},
+                graph=False,
+                queue_cycles=QUEUE_CYCLES,
             )
         )
 
 
-def _parameters(shapes, dtype, device):
+def _from_idle(step: Run) -> Run:
+    """With an idle device the time between events is that from the call to the end of its work."""
+
+    def run():
+        torch.cuda.synchronize()
+        step()
+
+    return run
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _parameters(shapes: Shapes, dtype: torch.dtype, device: torch.device) -> list[torch.nn.Parameter]:
     parameters = []
     for shape in shapes:
-        parameter = torch.nn.Parameter(torch.randn(shape, device=device, dtype=dtype) * 0.02)
-        parameter.grad = torch.randn_like(parameter) * 1e-3
+        parameter = torch.nn.Parameter(torch.empty(shape, device=device, dtype=dtype).normal_(0, 0.02))
+        parameter.grad = torch.empty_like(parameter).normal_(0, 1e-3)
         parameters.append(parameter)
     return parameters
 
 
-def _torch_step(parameters, **options):
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, **options)
-    return optimizer.step
+def _torch_fused(dtype: torch.dtype) -> Peer:
+    """torch's fused AdamW, whose states have the parameters' dtype: on these parameters or on copies of ``dtype``."""
+
+    def make(parameters):
+        if parameters[0].dtype != dtype:
+            parameters = _parameters([p.shape for p in parameters], dtype, parameters[0].device)
+        return {f"torch AdamW fused {_short(dtype)}": torch.optim.AdamW(parameters, lr=1e-4, fused=True).step}
+
+    return make
 
 
-def _library_peers(parameters) -> dict:
-    peers = {}
-    try:
-        import bitsandbytes
+def _library(name: str) -> Peer:
+    def make(parameters):
+        module, optimizer = LIBRARIES[name]
+        try:
+            return {name: getattr(importlib.import_module(module), optimizer)(parameters, lr=1e-4).step}
+        except (ImportError, AttributeError):
+            print(f"  peer {name} is not installed")
+            return {}
 
-        peers["bitsandbytes AdamW8bit"] = bitsandbytes.optim.AdamW8bit(parameters, lr=1e-4).step
-    except ImportError:
-        pass
-    return peers
+    return make
 
 
-def _error(dtype, device) -> float:
+def _error(device: torch.device) -> float:
     """Distance of 20 steps' total update from torch's fp32 AdamW, relative to that update."""
     updates = []
     for optimizer_class in (eightfold.optim.AdamW, torch.optim.AdamW):
