@@ -27,11 +27,8 @@ EF_HD float exp2_poly(float x) {
   return bits_float(float_bits(q) + (float_bits(shifted) << 23));
 }
 
-// log2(x) for x > 0, subnormals included; absolute error below 1e-7 near 1, half an ulp of the result's exponent elsewhere.
-// Zero, NaN and negative x give an unspecified finite number: callers select them away.
-EF_HD float log2_poly(float x) {
-  bool tiny = x < 1.17549435e-38f;
-  uint32_t bits = float_bits(tiny ? x * 16777216.0f : x);
+// log2 of the normal number with these bits, less `bias`.
+EF_HD float log2_of_bits(uint32_t bits, float bias) {
   int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
   float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
   float q = 0.12541121244430542f;
@@ -43,7 +40,17 @@ EF_HD float log2_poly(float x) {
   q = std::fma(q, f, 0.48092252016067505f);
   q = std::fma(q, f, -0.7213471531867981f);
   q = std::fma(q, f, 1.442694902420044f);
-  return std::fma(q, f, static_cast<float>(exponent) - (tiny ? 24.0f : 0.0f));
+  return std::fma(q, f, static_cast<float>(exponent) - bias);
 }
+
+// log2(x) for x > 0, subnormals included; absolute error below 1e-7 near 1, half an ulp of the result's exponent elsewhere.
+// Zero, NaN and negative x give an unspecified finite number: callers select them away.
+EF_HD float log2_poly(float x) {
+  bool tiny = x < 1.17549435e-38f;
+  return log2_of_bits(float_bits(tiny ? x * 16777216.0f : x), tiny ? 24.0f : 0.0f);
+}
+
+// The same where x is no subnormal.
+EF_HD float log2_poly_normal(float x) { return log2_of_bits(float_bits(x), 0.0f); }
 
 }  // namespace eightfold

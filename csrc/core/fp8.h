@@ -54,6 +54,16 @@ EF_HD uint16_t float_to_bf16(float x) {
   return static_cast<uint16_t>(nan ? 0x7FC0u : rounded);
 }
 
+// The code nearest to 0 <= x <= 448, ties to even.
+EF_HD uint32_t e4m3_nearest(float x) {
+  uint32_t bits = float_bits(x);
+  // Normal results (>= 2^-6): round the 20 dropped mantissa bits, rebias the exponent from 127 to 7.
+  uint32_t normal = ((bits + 0x7FFFFu + ((bits >> 20) & 1u)) >> 20) - (120u << 3);
+  // Subnormal results: adding 2^14 leaves x in units of 2^-9 in the low mantissa bits, rounded to nearest even.
+  uint32_t subnormal = float_bits(x + 16384.0f) - 0x46800000u;
+  return bits < 0x3C800000u ? subnormal : normal;  // 2^-6
+}
+
 // fp32 -> E4M3, round to nearest even, saturating at +-448; NaN -> 0x7F. Branch-free, so that compilers vectorise it.
 EF_HD uint8_t float_to_e4m3(float x) {
 #if defined(__CUDA_ARCH__)
@@ -64,23 +74,23 @@ EF_HD uint8_t float_to_e4m3(float x) {
   uint32_t sign = (u >> 24) & 0x80u;
   uint32_t mag = u & 0x7FFFFFFFu;
   uint32_t capped = mag < 0x43E00000u ? mag : 0x43E00000u;  // 448
-  // Normal results (>= 2^-6): round the 20 dropped mantissa bits, rebias the exponent from 127 to 7.
-  uint32_t normal = ((capped + 0x7FFFFu + ((capped >> 20) & 1u)) >> 20) - (120u << 3);
-  // Subnormal results: adding 2^14 leaves x in units of 2^-9 in the low mantissa bits, rounded to nearest even.
-  uint32_t subnormal = float_bits(bits_float(capped) + 16384.0f) - 0x46800000u;
-  uint32_t code = capped < 0x3C800000u ? subnormal : normal;  // 2^-6
+  uint32_t code = e4m3_nearest(bits_float(capped));
   return static_cast<uint8_t>(mag > 0x7F800000u ? kE4M3NaN : (code | sign));
 #endif
+}
+
+// The value of a code without sign below 0x7F.
+EF_HD float e4m3_magnitude(uint32_t code) {
+  uint32_t normal = (code << 20) + (120u << 23);
+  uint32_t subnormal = float_bits(static_cast<float>(static_cast<int32_t>(code)) * 0.001953125f);  // 2^-9
+  return bits_float(code < 8u ? subnormal : normal);
 }
 
 // E4M3 -> fp32, exact; both NaN codes become the quiet NaN.
 EF_HD float e4m3_to_float(uint8_t code) {
   uint32_t mag = code & 0x7Fu;
   uint32_t sign = static_cast<uint32_t>(code & 0x80u) << 24;
-  uint32_t normal = (mag << 20) + (120u << 23);
-  uint32_t subnormal = float_bits(static_cast<float>(static_cast<int32_t>(mag)) * 0.001953125f);  // 2^-9
-  uint32_t bits = (mag < 8u ? subnormal : normal) | sign;
-  return bits_float(mag == 0x7Fu ? kQuietNaN : bits);
+  return bits_float(mag == 0x7Fu ? kQuietNaN : float_bits(e4m3_magnitude(mag)) | sign);
 }
 
 // The scale of a group with largest magnitude `amax` (NaN or Inf marks a group that holds one). Power-of-two scales are

@@ -104,10 +104,10 @@ EF_HD uint32_t fold_min_nonzero(uint32_t min_less_one, float x) {
 }
 
 // Largest code whose value is <= y, for 0 <= y <= 448.
-EF_HD uint8_t e4m3_floor(float y) {
+EF_HD uint32_t e4m3_floor(float y) {
   uint32_t normal = (float_bits(y) >> 20) - (120u << 3);
-  uint32_t subnormal = static_cast<uint32_t>(y * 512.0f);
-  return static_cast<uint8_t>(y < 0.015625f ? subnormal : normal);
+  uint32_t subnormal = static_cast<uint32_t>(static_cast<int32_t>(y * 512.0f));
+  return y < 0.015625f ? subnormal : normal;
 }
 
 }  // namespace eightfold
