@@ -19,7 +19,8 @@ __device__ __forceinline__ void cluster_sync() {
           : "memory");
 }
 
-// The same, where nothing but the meeting counts, or barrier_init_fence() has made the barriers seen: no fence of all memory.
+// The meeting alone, for after barrier_init_fence(), which has made the barriers seen: no fence of all memory. Not for the end of a
+// block at whose barriers others arrive: their arrivals may still be on their way.
 __device__ __forceinline__ void cluster_meet() {
   asm volatile(
       "barrier.cluster.arrive.relaxed;\n"

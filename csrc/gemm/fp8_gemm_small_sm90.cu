@@ -368,7 +368,8 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     multiply<C>(args, memory, shared, full, empty);
   }
-  if (args.cluster > 1) cluster_meet();  // the other block arrives at this one's barriers until it has read its last stage
+  // The other block arrives at this one's barriers until it has read its last stage; ordered, or such an arrival could come after the end.
+  if (args.cluster > 1) cluster_sync();
 }
 
 template <class C>
