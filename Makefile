@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD := build/native
 CXX_FILES = $(shell git ls-files -- 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: build demo test gpu-test sanitize bench wheel format lint clean
+.PHONY: build demo test gpu-test sanitize bench table wheel format lint clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,9 @@ sanitize: build
 
 bench: build
 	$(BIN)/eightfold bench
+
+table: $(VENV)/.installed
+	$(BIN)/python -m bench.table
 
 wheel: $(VENV)/.installed
 	$(BIN)/pip wheel --no-build-isolation --no-deps --wheel-dir dist .

@@ -1,0 +1,176 @@
+"""README's table of measurements, made from the committed results: `python -m bench.table [--check]`, `make table`.
+
+A line of the table is one op on one device: the range over its shapes of its rate and of its share of the ceiling, and
+for each peer the geometric mean of peer's time over ours, with the range where there are several shapes.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import FAMILIES, LONG
+
+ROOT = Path(__file__).resolve().parents[1]
+DTYPES = ("bfloat16", "float32")  # where a shape ends in one
+BEGIN, END = "<!-- measured: begin; `make table` writes what follows -->", "<!-- measured: end -->"
+HEAD = "| op | shapes | rate | of ceiling | peer's time over ours | commit |\n|---|---|--:|--:|---|---|"
+
+
+@dataclass
+class Family:
+    """One file of results: the machine it names, and its lines."""
+
+    name: str
+    machine: dict
+    lines: list[dict]
+
+
+def read_family(path: Path) -> Family:
+    """ValueError with file and line for what is no result of `eightfold bench --results`."""
+    records = []
+    for number, text in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            record = json.loads(text)
+        except ValueError:
+            raise ValueError(f"{path}:{number}: not JSON: truncated?") from None
+        if not isinstance(record, dict) or len(record) != 1:
+            raise ValueError(f"{path}:{number}: expected an object with one key, got {text[:60]}")
+        records.append(record)
+    if not records or "machine" not in records[0]:
+        raise ValueError(f"{path}: the first line should hold the machine")
+    machine, lines = records[0]["machine"], [record["line"] for record in records if "line" in record]
+    if "torch" in machine:  # as results had it before they named the peers' versions
+        machine["versions"] = {"torch": machine.pop("torch")}
+    for where, record, keys in (
+        ("machine", machine, ("device", "versions", "commit", "copy_gbps")),
+        *(("line", line, ("op", "shape", "us", "tflops", "gbps", "share_of_ceiling", "peers_us")) for line in lines),
+    ):
+        missing = [key for key in keys if key not in record]
+        if missing:
+            raise ValueError(f"{path}: a {where} without {', '.join(missing)}")
+    return Family(path.stem, machine, lines)
+
+
+def read_results(folder: Path) -> dict[str, list[Family]]:
+    """Families by device, in the order in which they are run. ValueError where there are none."""
+    known = [*FAMILIES, *LONG]
+    found: dict[str, list[Family]] = {}
+    for path in sorted(folder.glob("*/*.jsonl"), key=lambda p: (p.parent.name, _place(p.stem, known), p.stem)):
+        family = read_family(path)
+        found.setdefault(family.machine["device"], []).append(family)
+    if not found:
+        raise ValueError(f"{folder}: no results; `eightfold bench --results {folder}` writes some")
+    return found
+
+
+def _place(name: str, known: list[str]) -> int:
+    return known.index(name) if name in known else len(known)
+
+
+def table(results: dict[str, list[Family]]) -> str:
+    """The text between the markers."""
+    return "\n\n".join(f"{_about(device, families)}\n\n{_rows(families)}" for device, families in results.items())
+
+
+def _about(device: str, families: list[Family]) -> str:
+    machines = [family.machine for family in families]
+    copies = [machine["copy_gbps"] / 1e3 for machine in machines]
+    versions = [machine["versions"] for machine in machines]
+    facts = [f"torch {_each(versions, 'torch')}", f"copy {_span(copies, '{:.2f}')} TB/s"]
+    products = [m["fp8_matmul_tflops"] for m in machines if "fp8_matmul_tflops" in m]
+    if products:
+        facts.append(f"largest E4M3 product {_span(products, '{:,.0f}')} TFLOP/s")
+    if any(machine.get("driver") for machine in machines):
+        facts.insert(1, f"driver {_each(machines, 'driver')}")
+    peers = sorted({name for found in versions for name in found} - {"torch"})
+    facts += [f"{name} {_each(versions, name)}" for name in peers]
+    return (
+        f"{device}: {', '.join(facts)}.\n"
+        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed."
+    )
+
+
+def _each(records: list[dict], key: str) -> str:
+    return " and ".join(sorted({str(record[key]) for record in records if record.get(key)}))
+
+
+def _rows(families: list[Family]) -> str:
+    rows = [HEAD]
+    for family in families:
+        groups: dict[tuple[str, bool], list[dict]] = {}
+        for (
+            line
+        ) in family.lines:  # small products are bound by bytes: another ceiling, another row; so is another dtype
+            _, _, dtype = line["shape"].rpartition(" ")
+            op = f"{line['op']} {dtype}" if dtype in DTYPES else line["op"]
+            groups.setdefault((op, bool(line["gbps"])), []).append(line)
+        commit = family.machine["commit"] or "unknown"
+        rows += [_row(op, by_bytes, lines, commit) for (op, by_bytes), lines in groups.items()]
+    return "\n".join(rows)
+
+
+def _row(op: str, by_bytes: bool, lines: list[dict], commit: str) -> str:
+    name, _, rest = op.partition(" ")
+    shapes = lines[0]["shape"] if len(lines) == 1 else f"{len(lines)}: {lines[0]['shape']} to {lines[-1]['shape']}"
+    if by_bytes:
+        rate = _span([line["gbps"] / 1e3 for line in lines], "{:.2f}") + " TB/s"
+    else:
+        rate = _span([line["tflops"] for line in lines], "{:,.0f}") + " TFLOP/s"
+    share = _span([100 * line["share_of_ceiling"] for line in lines], "{:.0f}") + " %"
+    cells = [f"`{name}` {rest}".strip(), shapes, rate, share, _peers(lines), commit]
+    return f"| {' | '.join(cells)} |"
+
+
+def _peers(lines: list[dict]) -> str:
+    ratios: dict[str, list[float]] = {}
+    for line in lines:
+        for peer, us in line["peers_us"].items():
+            ratios.setdefault(peer, []).append(us / line["us"])
+    means = {peer: statistics.geometric_mean(values) for peer, values in ratios.items()}
+    text = []
+    for peer in sorted(means, key=means.get):  # the fastest first
+        mean, span = f"{means[peer]:.2f}", _span(ratios[peer], "{:.2f}")
+        text.append(f"{peer} {mean}x" + (f" ({span})" if span != mean else ""))
+    return ", ".join(text)
+
+
+def _span(values: Iterable[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def replaced(readme: str, text: str, name: str = "README.md") -> str:
+    """``readme`` with ``text`` between the markers."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{name}: the lines {BEGIN!r} and {END!r} should be there, in this order")
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.table", description="Write README's table of measurements.")
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit code 1 where the table is not current"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        now = options.readme.read_text(encoding="utf-8")
+        wanted = replaced(now, table(read_results(options.results)), str(options.readme))
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    if options.check:
+        if now != wanted:
+            print(f"{options.readme}: its table is not that of {options.results}; run `make table`")
+        return int(now != wanted)
+    options.readme.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
