@@ -17,6 +17,9 @@ def casts(rows: int, cols: int, dtype: torch.dtype) -> None:
             op.dequantize(codes, scales, group, dtype)
         codes, scales, _, _ = op.quantize_both(x)
         op.requantize(codes, scales)
+        for flag in (False, True):
+            op.quantize_stacked([x.new_ones(128, cols), x], flag)
+            op.quantize_beside([x.new_ones(rows, 128), x], flag)
         op.transpose_codes(op.quantize(x, (128, 128))[0])
 
 
@@ -31,6 +34,8 @@ def fused(rows: int, cols: int, dtype: torch.dtype) -> None:
     op.rms_norm_backward(dy, codes, scales, rstd, weight, residual)
     op.rms_norm_backward(dy, x, None, rstd, weight, None)
     op.swiglu_backward_quantize(dy, *op.swiglu_quantize(x, residual, True)[2:])
+    x, residual, dy = (torch.randn(rows, 256, device="cuda", dtype=dtype) for _ in range(3))
+    op.swiglu_backward_quantize(dy, *op.swiglu_quantize(x, residual, True)[2:], True)
 
 
 def products(m: int, n: int, k: int) -> None:

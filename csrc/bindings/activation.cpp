@@ -44,15 +44,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_quantize(const
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_backward_quantize(
-    const Tensor& dh, const Tensor& gate_codes, const Tensor& gate_scales, const Tensor& up_codes, const Tensor& up_scales) {
+    const Tensor& dh, const Tensor& gate_codes, const Tensor& gate_scales, const Tensor& up_codes, const Tensor& up_scales, bool beside) {
   const char* op = "swiglu_backward_quantize";
   check_matrix(dh, op, "dh");
   int64_t rows = dh.size(0), cols = dh.size(1);
+  EF_CHECK(!beside || cols % kGroup == 0, op, ": dh must have a multiple of ", kGroup, " columns for dgate and dup beside each other, got ",
+           "shape ", shape_of(dh));
   SwigluBackward swiglu{};
   swiglu.gate = row_codes_in(gate_codes, gate_scales, rows, cols, dh, op, "gate_codes", "gate_scales");
   swiglu.up = row_codes_in(up_codes, up_scales, rows, cols, dh, op, "up_codes", "up_scales");
-  RowCast dgate = empty_row_cast(rows, cols, dh), dup = empty_row_cast(rows, cols, dh);
-  ColCast dgate_cols = empty_col_cast(rows, cols, dh), dup_cols = empty_col_cast(rows, cols, dh), h_cols = empty_col_cast(rows, cols, dh);
+  const int64_t width = beside ? 2 * cols : cols;
+  RowCast dgate = empty_row_cast(rows, width, dh), dup = empty_row_cast(rows, cols, dh, !beside);
+  ColCast dgate_cols = empty_col_cast(rows, width, dh), dup_cols = empty_col_cast(rows, cols, dh, !beside);
+  ColCast h_cols = empty_col_cast(rows, cols, dh);
+  swiglu.beside = beside;
+  if (beside) {
+    dup.view = dgate.view;
+    dup.view.codes += cols;
+    dup.view.scales += cols / kGroup * dup.view.scale_ld;
+    dup_cols.view = dgate_cols.view;
+    dup_cols.view.codes += cols * dup_cols.view.code_ld;
+    dup_cols.view.scales += cols;
+  }
   swiglu.dh = dh.data_ptr();
   swiglu.dh_ld = dh.stride(0);
   swiglu.dtype = dtype_of(dh, op, "dh");

@@ -1,5 +1,5 @@
 // Checks, allocation and dispatch of the casts alone.
-#include "bindings/common.h"
+#include "bindings/casts.h"
 #include "quant/cast.h"
 
 namespace eightfold::bindings {
@@ -40,11 +40,11 @@ Group group_of(const Sizes& group, const char* op) {
   fail(op, ": group must be (1, 128), (128, 128), (128, 1) or (1, 16), got ", text_of(group));
 }
 
-quant::Input input_of(const Tensor& x, const char* op) {
-  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, "x");
-  check_rank(x, 2, op, "x");
-  check_last_dim_contiguous(x, op, "x");
-  return {x.data_ptr(), dtype_of(x, op, "x"), x.size(0), x.size(1), x.stride(0)};
+quant::Input input_of(const Tensor& x, const char* op, const char* argument = "x") {
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
+  check_rank(x, 2, op, argument);
+  check_last_dim_contiguous(x, op, argument);
+  return {x.data_ptr(), dtype_of(x, op, argument), x.size(0), x.size(1), x.stride(0)};
 }
 
 void check_codes(const Tensor& codes, const char* op) {
@@ -83,6 +83,57 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_both(const Tensor& x, bool p
   const quant::Input in = input_of(x, "quantize_both");
   Output rows = allocate(in.rows, in.cols, Group::row128, x), cols = allocate(in.rows, in.cols, Group::col128, x);
   EF_RUN(quantize_both, x, in, rows.raw, cols.raw, power_of_two);
+  return {std::move(rows.codes), std::move(rows.scales), std::move(cols.codes), std::move(cols.scales)};
+}
+
+// The tensors as one, along dimension `along`.
+quant::Parts parts_of(const std::vector<Tensor>& xs, int along, const char* op) {
+  EF_CHECK(!xs.empty() && xs.size() <= quant::kMostParts, op, ": xs must be 1 to ", quant::kMostParts, " tensors, got ", xs.size());
+  quant::Parts parts{};
+  parts.count = static_cast<int>(xs.size());
+  int64_t reached = 0;
+  for (int i = 0; i < parts.count; ++i) {
+    const Tensor& x = xs[i];
+    const std::string name = "xs[" + std::to_string(i) + "]";
+    const quant::Input in = input_of(x, op, name.c_str());
+    check_dtype(x, {xs[0].scalar_type()}, op, name.c_str());
+    check_same_device(x, xs[0], op, name.c_str());
+    EF_CHECK(x.size(1 - along) == xs[0].size(1 - along), op, ": ", name, " must have ", xs[0].size(1 - along),
+             along == 0 ? " columns" : " rows", ", as the first, got shape ", shape_of(x));
+    EF_CHECK(x.size(along) % 128 == 0 || i + 1 == parts.count, op, ": ", name, " must have a multiple of 128 ",
+             along == 0 ? "rows" : "columns", ", as all but the last, got shape ", shape_of(x));
+    parts.data[i] = in.data;
+    parts.ld[i] = in.ld;
+    parts.first[i] = reached;
+    reached += x.size(along);
+  }
+  parts.dtype = dtype_of(xs[0], op, "xs[0]");
+  parts.rows = along == 0 ? reached : xs[0].size(0);
+  parts.cols = along == 0 ? xs[0].size(1) : reached;
+  return parts;
+}
+
+std::tuple<Tensor, Tensor> quantize_stacked(const std::vector<Tensor>& xs, bool transposed) {
+  const quant::Parts parts = parts_of(xs, 0, "quantize_stacked");
+  const Tensor& like = xs[0];
+  if (!transposed) {
+    Output out = allocate(parts.rows, parts.cols, Group::square, like);
+    EF_RUN(quantize_stacked, like, parts, out.raw, false);
+    return {std::move(out.codes), std::move(out.scales)};
+  }
+  const int64_t ld = round_up(parts.rows > 0 ? parts.rows : 1, 16);
+  Tensor codes = empty_strided({parts.cols, parts.rows}, {ld, 1}, ScalarType::Float8_e4m3fn, like);
+  Tensor scales = empty({ceil_div(parts.cols, 128), ceil_div(parts.rows, 128)}, ScalarType::Float, like);
+  EF_RUN(quantize_stacked, like, parts, (quant::Quantized{bytes_of(codes), floats_of(scales), ld, 0}), true);
+  return {std::move(codes), std::move(scales)};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> quantize_beside(const std::vector<Tensor>& xs, bool columns) {
+  const quant::Parts parts = parts_of(xs, 1, "quantize_beside");
+  const Tensor& like = xs[0];
+  RowCast rows = empty_row_cast(parts.rows, parts.cols, like);
+  ColCast cols = empty_col_cast(parts.rows, parts.cols, like, columns);
+  EF_RUN(quantize_beside, like, parts, rows.view, cols.view);
   return {std::move(rows.codes), std::move(rows.scales), std::move(cols.codes), std::move(cols.scales)};
 }
 
@@ -142,6 +193,8 @@ template <class Library>
 void register_all(Library& m) {
   m.impl("quantize", EF_BOX(&quantize));
   m.impl("quantize_both", EF_BOX(&quantize_both));
+  m.impl("quantize_stacked", EF_BOX(&quantize_stacked));
+  m.impl("quantize_beside", EF_BOX(&quantize_beside));
   m.impl("requantize", EF_BOX(&requantize));
   m.impl("transpose_codes", EF_BOX(&transpose_codes));
   m.impl("dequantize", EF_BOX(&dequantize));

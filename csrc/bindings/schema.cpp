@@ -5,6 +5,10 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   // quant: casts alone
   m.def("quantize(Tensor x, int[] group, bool power_of_two=False) -> (Tensor codes, Tensor scales)");
   m.def("quantize_both(Tensor x, bool power_of_two=False) -> (Tensor codes, Tensor scales, Tensor col_codes, Tensor col_scales)");
+  m.def("quantize_stacked(Tensor[] xs, bool transposed=False) -> (Tensor codes, Tensor scales)");
+  m.def(
+      "quantize_beside(Tensor[] xs, bool columns=True) -> (Tensor codes, Tensor scales, Tensor col_codes, Tensor "
+      "col_scales)");
   m.def("dequantize(Tensor codes, Tensor scales, int[] group, ScalarType dtype) -> Tensor");
   m.def("requantize(Tensor codes, Tensor scales, bool power_of_two=False) -> (Tensor col_codes, Tensor col_scales)");
   m.def("transpose_codes(Tensor codes) -> Tensor");
@@ -24,8 +28,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "swiglu_quantize(Tensor gate, Tensor up, bool training) -> (Tensor codes, Tensor scales, Tensor gate_codes, Tensor "
       "gate_scales, Tensor up_codes, Tensor up_scales)");
   m.def(
-      "swiglu_backward_quantize(Tensor dh, Tensor gate_codes, Tensor gate_scales, Tensor up_codes, Tensor up_scales) -> (Tensor "
-      "dgate_codes, Tensor dgate_scales, Tensor dgate_col_codes, Tensor dgate_col_scales, Tensor dup_codes, Tensor dup_scales, "
+      "swiglu_backward_quantize(Tensor dh, Tensor gate_codes, Tensor gate_scales, Tensor up_codes, Tensor up_scales, bool "
+      "beside=False) -> (Tensor dgate_codes, Tensor dgate_scales, Tensor dgate_col_codes, Tensor dgate_col_scales, Tensor dup_codes, "
+      "Tensor dup_scales, "
       "Tensor dup_col_codes, Tensor dup_col_scales, Tensor h_col_codes, Tensor h_col_scales)");
 
   // rotary position embedding

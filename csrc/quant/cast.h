@@ -8,6 +8,8 @@
 //   quantize 1x128, 128x1   2 + 1 + 4/128      quantize 1x16   2 + 1 + 4/16      quantize 128x128   2 + 1
 //   quantize_both           2 + 1 + 1 + 8/128  (two casts would move 6 + 8/128)
 //   requantize, transpose   1 + 1              dequantize      1 + 2
+//   quantize_stacked (weights, square groups, also transposed: a square's scale is that of its transpose) 2 + 1
+//   quantize_beside (gradients) as quantize_both, or as 1x128 where columns are not wanted
 //
 // At the 3.0 TB/s an H100 copies with, [16384, 8192] takes 134 us (1x128), 179 us (both). Arithmetic comes close behind: a
 // quotient, a maximum and a conversion an element and output, so the GPU divides through a reciprocal a group that is proven
@@ -42,6 +44,18 @@ struct Quantized {
   int64_t code_ld, scale_ld;
 };
 
+// Several matrices of one dtype as one: stacked (one below the other, equally wide) or beside each other (equally high). All but the
+// last are a multiple of 128 high (stacked) or wide (beside), so that no group and no tile spans two. Part i begins at row or column
+// first[i].
+constexpr int kMostParts = 8;
+struct Parts {
+  const void* data[kMostParts];
+  int64_t ld[kMostParts], first[kMostParts];
+  int count;
+  DType dtype;
+  int64_t rows, cols;  // of the whole
+};
+
 struct RowCodes {  // codes (1, 128): code (r, c) at r * ld + c, scale (r, g) at g * scale_ld + r
   const uint8_t* codes;
   const float* scales;
@@ -57,12 +71,16 @@ struct AnyCodes {  // codes of any group and layout, for dequantize
 
 void quantize_cpu(const Input& x, Group group, const Quantized& out, bool power_of_two);
 void quantize_both_cpu(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two);
+void quantize_stacked_cpu(const Parts& x, const Quantized& out, bool transposed);
+void quantize_beside_cpu(const Parts& x, const Quantized& rows, const Quantized& cols);  // cols.codes null: not wanted
 void requantize_cpu(const RowCodes& x, const Quantized& cols, bool power_of_two);
 void transpose_codes_cpu(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out);  // out [cols, rows] dense
 void dequantize_cpu(const AnyCodes& x, void* out, DType dtype);                                        // out dense, f32 or bf16
 
 void quantize_sm90(const Input& x, Group group, const Quantized& out, bool power_of_two, void* stream);
 void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two, void* stream);
+void quantize_stacked_sm90(const Parts& x, const Quantized& out, bool transposed, void* stream);
+void quantize_beside_sm90(const Parts& x, const Quantized& rows, const Quantized& cols, void* stream);
 void requantize_sm90(const RowCodes& x, const Quantized& cols, bool power_of_two, void* stream);
 void transpose_codes_sm90(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, void* stream);
 void dequantize_sm90(const AnyCodes& x, void* out, DType dtype, void* stream);

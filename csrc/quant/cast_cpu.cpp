@@ -37,6 +37,13 @@ void load_tile(const Input& x, int64_t row, int64_t col, int64_t height, int64_t
   for (int64_t r = 0; r < height; ++r) widen(x.data, x.dtype, (row + r) * x.ld + col, width, tile.row(r));
 }
 
+// The part that holds row or column `at`.
+int part_of(const Parts& x, int64_t at) {
+  int part = x.count - 1;
+  while (part > 0 && at < x.first[part]) --part;
+  return part;
+}
+
 void store_columns(const Tile& tile, int64_t row, int64_t col, int64_t height, int64_t width, const Quantized& out, bool power_of_two) {
   cast_columns(tile.values, height, width, power_of_two, out.codes + col * out.code_ld + row, out.code_ld,
                out.scales + row / kTile * out.scale_ld + col);
@@ -64,14 +71,18 @@ void quantize_columns(const Input& x, const Quantized& out, bool power_of_two) {
   });
 }
 
+float square_scale(Tile& tile, int64_t height, int64_t width, bool power_of_two) {
+  uint32_t amax = 0;
+  for (int64_t r = 0; r < height; ++r) amax = std::max(amax, amax_bits(tile.row(r), width));
+  return group_scale(bits_float(amax), power_of_two);
+}
+
 void quantize_squares(const Input& x, const Quantized& out, bool power_of_two) {
   const int64_t across = ceil_div(x.cols, kTile);
   for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
     Tile tile;
     load_tile(x, row, col, height, width, tile);
-    uint32_t amax = 0;
-    for (int64_t r = 0; r < height; ++r) amax = std::max(amax, amax_bits(tile.row(r), width));
-    const float scale = group_scale(bits_float(amax), power_of_two);
+    const float scale = square_scale(tile, height, width, power_of_two);
     out.scales[row / kTile * across + col / kTile] = scale;
     for (int64_t r = 0; r < height; ++r) encode(tile.row(r), width, scale, out.codes + (row + r) * x.cols + col);
   });
@@ -96,6 +107,37 @@ void quantize_both_cpu(const Input& x, const Quantized& rows, const Quantized& c
       encode_groups(tile.row(r), width, kTile, power_of_two, rows.codes + (row + r) * x.cols + col,
                     rows.scales + col / kTile * rows.scale_ld + row + r, rows.scale_ld);
     store_columns(tile, row, col, height, width, cols, power_of_two);
+  });
+}
+
+void quantize_stacked_cpu(const Parts& x, const Quantized& out, bool transposed) {
+  const int64_t down = ceil_div(x.rows, kTile), across = ceil_div(x.cols, kTile);
+  for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
+    Tile tile;
+    const int part = part_of(x, row);
+    load_tile({x.data[part], x.dtype, x.rows, x.cols, x.ld[part]}, row - x.first[part], col, height, width, tile);
+    const float scale = square_scale(tile, height, width, false);
+    if (!transposed) {
+      out.scales[row / kTile * across + col / kTile] = scale;
+      for (int64_t r = 0; r < height; ++r) encode(tile.row(r), width, scale, out.codes + (row + r) * x.cols + col);
+      return;
+    }
+    uint8_t codes[kTile * kTile];
+    out.scales[col / kTile * down + row / kTile] = scale;
+    for (int64_t r = 0; r < height; ++r) encode(tile.row(r), width, scale, codes + r * kTile);
+    transpose_bytes(codes, kTile, height, width, out.codes + col * out.code_ld + row, out.code_ld);
+  });
+}
+
+void quantize_beside_cpu(const Parts& x, const Quantized& rows, const Quantized& cols) {
+  for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
+    Tile tile;
+    const int part = part_of(x, col);
+    load_tile({x.data[part], x.dtype, x.rows, x.cols, x.ld[part]}, row, col - x.first[part], height, width, tile);
+    for (int64_t r = 0; r < height; ++r)
+      encode_groups(tile.row(r), width, kTile, false, rows.codes + (row + r) * x.cols + col,
+                    rows.scales + col / kTile * rows.scale_ld + row + r, rows.scale_ld);
+    if (cols.codes) store_columns(tile, row, col, height, width, cols, false);
   });
 }
 

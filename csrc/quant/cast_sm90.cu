@@ -21,6 +21,8 @@ struct TensorSource {
         vector(aligned(x.data, 16) && x.ld * sizeof(T) % 16 == 0),
         data(static_cast<const T*>(x.data)),
         ld(x.ld) {}
+  __device__ TensorSource(const T* data, int64_t rows, int64_t cols, int64_t ld, bool vector)
+      : rows(rows), cols(cols), vector(vector), data(data), ld(ld) {}
 
   template <bool kVector>
   __device__ __forceinline__ Octet<T> load(int64_t row, int64_t col) const {
@@ -73,6 +75,65 @@ void quantize_typed(const Input& x, Group group, const Quantized& out, bool powe
     case Group::col128: return launch_tile_cast<kBlocks<T>, kCols>(source, to, power_of_two, stream);
     case Group::square: return launch_tile_cast<kBlocks<T>, kSquare>(source, to, power_of_two, stream);
   }
+}
+
+template <class T>
+struct PartsOf {
+  int64_t rows, cols;
+  bool vector;  // every part may be read with vector loads
+  const T* data[kMostParts];
+  int64_t ld[kMostParts], first[kMostParts];
+  int count;
+
+  explicit PartsOf(const Parts& x) : rows(x.rows), cols(x.cols), vector(true), count(x.count) {
+    for (int i = 0; i < kMostParts; ++i) {
+      const int part = i < x.count ? i : 0;
+      data[i] = static_cast<const T*>(x.data[part]), ld[i] = x.ld[part], first[i] = x.first[part];
+      vector = vector && aligned(x.data[part], 16) && x.ld[part] * sizeof(T) % 16 == 0;
+    }
+  }
+};
+
+// A tile of several tensors lies in one of them, which then reads as if it were the whole.
+template <int kMinBlocks, unsigned kWrites, bool kStacked, class T>
+__global__ void __launch_bounds__(kTileThreads, kMinBlocks) parts_cast_kernel(const PartsOf<T> parts, TileOutput out) {
+  __shared__ __align__(16) TileShared<8> shared;
+  const TileShape tile = tile_of(parts.rows, parts.cols, blockIdx.x);
+  const int64_t at = kStacked ? tile.row : tile.col;
+  const T* data = parts.data[0];
+  int64_t ld = parts.ld[0], first = 0;
+#pragma unroll
+  for (int i = 1; i < kMostParts; ++i)
+    if (i < parts.count && at >= parts.first[i]) data = parts.data[i], ld = parts.ld[i], first = parts.first[i];
+  const TensorSource<T> source(data - (kStacked ? first * ld : first), parts.rows, parts.cols, ld, parts.vector);
+  if (source.vector && tile.full())
+    cast_source<kWrites, true>(source, out, tile, shared, false);
+  else
+    cast_source<kWrites, false>(source, out, tile, shared, false);
+}
+
+template <unsigned kWrites, bool kStacked, class T>
+void launch_parts_cast(const Parts& x, const TileOutput& out, cudaStream_t stream) {
+  const int64_t tiles = ((x.rows + kTile - 1) / kTile) * ((x.cols + kTile - 1) / kTile);
+  if (tiles == 0) return;
+  parts_cast_kernel<kBlocks<T>, kWrites, kStacked><<<static_cast<unsigned>(tiles), kTileThreads, 0, stream>>>(PartsOf<T>(x), out);
+  check_launch("parts_cast_kernel");
+}
+
+template <class T>
+void quantize_stacked_typed(const Parts& x, const Quantized& out, bool transposed, cudaStream_t stream) {
+  if (transposed)  // the same codes, by columns
+    launch_parts_cast<kSquareTurned, true, T>(x, output({nullptr, out.scales, 0, 0}, out), stream);
+  else
+    launch_parts_cast<kSquare, true, T>(x, output(out, {}), stream);
+}
+
+template <class T>
+void quantize_beside_typed(const Parts& x, const Quantized& rows, const Quantized& cols, cudaStream_t stream) {
+  if (cols.codes)
+    launch_parts_cast<kRows128 | kCols, false, T>(x, output(rows, cols), stream);
+  else
+    launch_parts_cast<kRows128, false, T>(x, output(rows, {}), stream);
 }
 
 // A 4 x 4 block of bytes, one row a word, to one column a word.
@@ -206,6 +267,17 @@ void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& 
     launch_tile_cast<4, kRows128 | kCols>(TensorSource<__nv_bfloat16>(x), to, power_of_two, s);
   else
     launch_tile_cast<2, kRows128 | kCols>(TensorSource<float>(x), to, power_of_two, s);
+}
+
+void quantize_stacked_sm90(const Parts& x, const Quantized& out, bool transposed, void* stream) {
+  auto s = static_cast<cudaStream_t>(stream);
+  x.dtype == DType::bf16 ? quantize_stacked_typed<__nv_bfloat16>(x, out, transposed, s)
+                         : quantize_stacked_typed<float>(x, out, transposed, s);
+}
+
+void quantize_beside_sm90(const Parts& x, const Quantized& rows, const Quantized& cols, void* stream) {
+  auto s = static_cast<cudaStream_t>(stream);
+  x.dtype == DType::bf16 ? quantize_beside_typed<__nv_bfloat16>(x, rows, cols, s) : quantize_beside_typed<float>(x, rows, cols, s);
 }
 
 void requantize_sm90(const RowCodes& x, const Quantized& cols, bool power_of_two, void* stream) {

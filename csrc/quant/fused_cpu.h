@@ -21,9 +21,9 @@ inline void decode_row(const RowCodes& x, int64_t row, int64_t col, int64_t n, f
     decode(x.codes + row * x.ld + col + i, std::min(kGroup, n - i), x.scales[row + (col + i) / kGroup * x.scale_ld], out + i);
 }
 
-// Columns [col, col + n) of a row of a [*, cols] tensor; col is a multiple of 128.
-inline void cast_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t cols, const Quantized& out) {
-  encode_groups(values, n, kGroup, false, out.codes + row * cols + col, out.scales + row + col / kGroup * out.scale_ld, out.scale_ld);
+// Columns [col, col + n) of a row of codes that are `ld` apart; col is a multiple of 128.
+inline void cast_row(const float* values, int64_t row, int64_t col, int64_t n, int64_t ld, const Quantized& out) {
+  encode_groups(values, n, kGroup, false, out.codes + row * ld + col, out.scales + row + col / kGroup * out.scale_ld, out.scale_ld);
 }
 
 // A tile of rows x cols <= 128 x 128 at (row, col), element (r, c) at tile[r * 128 + c]; row is a multiple of 128.

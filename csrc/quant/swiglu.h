@@ -31,6 +31,7 @@ struct SwigluBackward {
   DType dtype;
   RowCodes gate, up;
   int64_t rows, cols;
+  bool beside;  // row codes of dgate and dup are halves of one buffer [rows, 2 * cols]
   Quantized dgate_rows, dup_rows;
   Quantized dgate_cols, dup_cols, h_cols;
 };

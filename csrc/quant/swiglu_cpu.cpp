@@ -44,7 +44,7 @@ void swiglu_quantize_cpu(const SwigluForward& op) {
 }
 
 void swiglu_backward_quantize_cpu(const SwigluBackward& op) {
-  int64_t strips = groups_of(op.cols);
+  int64_t strips = groups_of(op.cols), ld = op.beside ? 2 * op.cols : op.cols;
   parallel_for(groups_of(op.rows) * strips, 1, [&](int64_t begin, int64_t end) {
     std::vector<float> tiles(3 * kGroup * kGroup);
     float *dgate = tiles.data(), *dup = dgate + kGroup * kGroup, *h = dup + kGroup * kGroup;
@@ -58,8 +58,8 @@ void swiglu_backward_quantize_cpu(const SwigluBackward& op) {
         decode_row(op.up, row + r, col, cols, h + at);
         swiglu_backward(dgate + at, dup + at, h + at, cols);
         for (float* values : {dgate + at, dup + at, h + at}) round_span(values, op.dtype, cols);
-        cast_row(dgate + at, row + r, col, cols, op.cols, op.dgate_rows);
-        cast_row(dup + at, row + r, col, cols, op.cols, op.dup_rows);
+        cast_row(dgate + at, row + r, col, cols, ld, op.dgate_rows);
+        cast_row(dup + at, row + r, col, cols, ld, op.dup_rows);
       }
       cast_tile_columns(dgate, row, col, rows, cols, op.dgate_cols);
       cast_tile_columns(dup, row, col, rows, cols, op.dup_cols);

@@ -130,7 +130,7 @@ struct BackwardOutputs {
   TileOutput dgate, dup, h;
 };
 
-template <class T, bool kFull>
+template <class T, bool kFull, unsigned kWrites>
 __device__ __forceinline__ void backward_tile(const BackwardSource<T>& source, const BackwardOutputs& to, const TileShape& tile,
                                               bool vector, BackwardShared<T>& shared) {
   const TileThread<kBand> me;
@@ -149,26 +149,26 @@ __device__ __forceinline__ void backward_tile(const BackwardSource<T>& source, c
     shared.dup.put(p, dup);
     shared.h.put(p, h);
   }
-  cast_tile<kRows128 | kCols, kFull>(values, to.dgate, tile, shared.tile.stats, shared.tile.codes, false);
+  cast_tile<kWrites, kFull>(values, to.dgate, tile, shared.tile.stats, shared.tile.codes, false);
   shared.dup.get(values);
-  cast_tile<kRows128 | kCols, kFull>(values, to.dup, tile, shared.tile.stats, shared.tile.codes, false);
+  cast_tile<kWrites, kFull>(values, to.dup, tile, shared.tile.stats, shared.tile.codes, false);
   shared.h.get(values);
   cast_tile<kCols, kFull>(values, to.h, tile, shared.tile.stats, shared.tile.codes, false);
 }
 
-template <class T>
+template <class T, unsigned kWrites>
 __global__ void __launch_bounds__(tile_threads(kBand), kSharing<T>)
     swiglu_backward_kernel(const BackwardSource<T> source, const BackwardOutputs to, bool vector) {
   extern __shared__ __align__(16) unsigned char memory[];
   BackwardShared<T>& shared = *reinterpret_cast<BackwardShared<T>*>(memory);
   const TileShape tile = tile_of(source.rows, source.cols, blockIdx.x);
   if (vector && tile.full())
-    backward_tile<T, true>(source, to, tile, vector, shared);
+    backward_tile<T, true, kWrites>(source, to, tile, vector, shared);
   else
-    backward_tile<T, false>(source, to, tile, vector, shared);
+    backward_tile<T, false, kWrites>(source, to, tile, vector, shared);
 }
 
-template <class T>
+template <class T, unsigned kWrites>
 void backward_typed(const SwigluBackward& op, cudaStream_t stream) {
   const bool vector =
       op.cols % 8 == 0 && op.dh_ld % (16 / sizeof(T)) == 0 && aligned16(op.dh) && aligned16(op.gate.codes) && aligned16(op.up.codes);
@@ -176,8 +176,8 @@ void backward_typed(const SwigluBackward& op, cudaStream_t stream) {
   const BackwardOutputs to = {tile_output(op.dgate_rows, op.dgate_cols), tile_output(op.dup_rows, op.dup_cols), tile_output({}, op.h_cols)};
   const int64_t tiles = (op.rows + kTile - 1) / kTile * ((op.cols + kTile - 1) / kTile);
   constexpr int kBytes = sizeof(BackwardShared<T>);
-  cudaFuncSetAttribute(swiglu_backward_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
-  swiglu_backward_kernel<T><<<static_cast<unsigned>(tiles), tile_threads(kBand), kBytes, stream>>>(source, to, vector);
+  cudaFuncSetAttribute(swiglu_backward_kernel<T, kWrites>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  swiglu_backward_kernel<T, kWrites><<<static_cast<unsigned>(tiles), tile_threads(kBand), kBytes, stream>>>(source, to, vector);
   check_launch("swiglu_backward_kernel");
 }
 
@@ -193,10 +193,12 @@ void swiglu_quantize_sm90(const SwigluForward& op, void* stream) {
 
 void swiglu_backward_quantize_sm90(const SwigluBackward& op, void* stream) {
   if (op.rows == 0 || op.cols == 0) return;
+  constexpr unsigned kApart = kRows128 | kCols, kBeside = kApart | kHalfRows;
+  const auto s = static_cast<cudaStream_t>(stream);
   if (op.dtype == DType::bf16)
-    backward_typed<__nv_bfloat16>(op, static_cast<cudaStream_t>(stream));
+    op.beside ? backward_typed<__nv_bfloat16, kBeside>(op, s) : backward_typed<__nv_bfloat16, kApart>(op, s);
   else
-    backward_typed<float>(op, static_cast<cudaStream_t>(stream));
+    op.beside ? backward_typed<float, kBeside>(op, s) : backward_typed<float, kApart>(op, s);
 }
 
 }  // namespace eightfold::quant

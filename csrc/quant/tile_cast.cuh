@@ -34,10 +34,12 @@ constexpr int tile_threads(int band) { return kTile / band * 16; }
 constexpr int kTileThreads = tile_threads(8);
 
 // What is written for one value of the Source; or them together.
-enum : unsigned { kRows128 = 1, kRows16 = 2, kCols = 4, kSquare = 8 };
+// kHalfRows: row codes are one half of a buffer twice as wide.
+enum : unsigned { kRows128 = 1, kRows16 = 2, kCols = 4, kSquare = 8, kSquareTurned = 16, kHalfRows = 32 };
 
-// Codes: rows and square [rows, cols] dense, row-major; columns [cols][col_ld]. Scales: scale[r + group * row_scale_ld] for
-// rows, col_scales[row_group * col_scale_ld + c] for columns, row-major [tiles, tiles] for square blocks.
+// Codes: rows and square [rows, cols] dense, row-major; columns, and a square's transpose, [cols][col_ld]. Scales: scale[r + group *
+// row_scale_ld] for rows, col_scales[row_group * col_scale_ld + c] for columns, row-major [tiles, tiles] for square blocks (of the
+// transpose if turned).
 struct TileOutput {
   uint8_t* codes;
   float* scales;
@@ -160,7 +162,7 @@ __device__ __forceinline__ void fold_rows(uint32_t (&amax)[kBand], int lane) {
 }
 
 // Where a thread's octets of row codes go. kFull: all of them exist and may be stored whole.
-template <bool kFull, int kBand>
+template <bool kFull, int kBand, bool kHalf = false>
 struct RowWriter {
   uint8_t* at;
   int64_t ld;
@@ -169,7 +171,7 @@ struct RowWriter {
 
   __device__ __forceinline__ RowWriter(uint8_t* codes, const TileShape& tile, const TileThread<kBand>& me) {
     const int64_t row = me.row(tile), col = me.col(tile);
-    at = codes + row * tile.cols + col, ld = tile.cols;
+    ld = kHalf ? 2 * tile.cols : tile.cols, at = codes + row * ld + col;
     rows = static_cast<int>(min(tile.rows - row, int64_t{kBand})), count = octet_count(0, col, 1, tile.cols);
     vector = tile.cols % 8 == 0;
   }
@@ -182,7 +184,7 @@ struct RowWriter {
 };
 
 // 1 x 128 groups: 16 / kBand lanes end with one row, compute its scale, and hand it to the half-warp.
-template <bool kFull, int kBand, class T>
+template <bool kFull, bool kHalf, int kBand, class T>
 __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
                                               bool power_of_two) {
   const TileThread<kBand> me;
@@ -206,7 +208,7 @@ __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBand], c
   const int64_t own_row = me.row(tile) + me.octet / kLanes;
   if (me.lane % kLanes == 0 && (kFull || own_row < tile.rows)) out.scales[own_row + tile.col / kTile * out.row_scale_ld] = scale;
 
-  const RowWriter<kFull, kBand> writer(out.codes, tile, me);
+  const RowWriter<kFull, kBand, kHalf> writer(out.codes, tile, me);
 #pragma unroll
   for (int p = 0; p < kBand; ++p) {
     const int owner = (me.lane & 16) | (p * kLanes);
@@ -308,9 +310,9 @@ __device__ __forceinline__ void cast_columns(const Octet<T> (&values)[kBand], co
   staged.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
 }
 
-template <bool kFull, int kBand, class T>
-__device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
-                                            TileStats<kBand>& stats, bool power_of_two) {
+// The scale of the whole tile.
+template <int kBand, class T>
+__device__ __forceinline__ float square_scale(const Octet<T> (&values)[kBand], TileStats<kBand>& stats, bool power_of_two) {
   const TileThread<kBand> me;
   uint32_t amax = 0;
 #pragma unroll
@@ -320,7 +322,14 @@ __device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], con
   __syncthreads();
 #pragma unroll
   for (int w = 0; w < me.kWarps; ++w) amax = max(amax, stats.amax[0][w]);
-  const float scale = group_scale(__uint_as_float(amax), power_of_two);
+  return group_scale(__uint_as_float(amax), power_of_two);
+}
+
+template <bool kFull, int kBand, class T>
+__device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
+                                            TileStats<kBand>& stats, bool power_of_two) {
+  const TileThread<kBand> me;
+  const float scale = square_scale(values, stats, power_of_two);
   const GroupDivider<T> by = GroupDivider<T>::of(scale);
   if (me.thread == 0) out.scales[tile.row / kTile * ((tile.cols + kTile - 1) / kTile) + tile.col / kTile] = scale;
 
@@ -329,17 +338,40 @@ __device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], con
   for (int p = 0; p < kBand; ++p) writer.put(p, encode_octet(unpacked_anew(values[p]), by));
 }
 
+// The codes of the transpose: through shared memory, as column codes go.
+template <bool kFull, class T>
+__device__ __forceinline__ void cast_square_turned(const Octet<T> (&values)[8], const TileOutput& out, const TileShape& tile,
+                                                   TileStats<8>& stats, ColumnCodes& staged, bool power_of_two) {
+  const TileThread<8> me;
+  const float scale = square_scale(values, stats, power_of_two);
+  const GroupDivider<T> by = GroupDivider<T>::of(scale);
+  if (me.thread == 0) out.scales[tile.col / kTile * ((tile.rows + kTile - 1) / kTile) + tile.row / kTile] = scale;
+  Octet<T> x[8];
+#pragma unroll
+  for (int p = 0; p < 8; ++p) x[p] = unpacked_anew(values[p]);
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    float q[8];
+#pragma unroll
+    for (int p = 0; p < 8; ++p) q[p] = by.quotient(x[p].value(j));
+    staged.put(me.octet * 8 + j, me.band, make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7])));
+  }
+  __syncthreads();
+  staged.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
+}
+
 // Every output of one value. All threads of the CTA take part; `staged` is written once all have their values. Calls may follow each
 // other without a barrier: each barrier inside separates the last reads of the call before from the first writes of this one.
 template <unsigned kWrites, bool kFull, int kBand, class T>
 __device__ __forceinline__ void cast_tile(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
                                           TileStats<kBand>& stats, ColumnCodes& staged, bool power_of_two) {
-  static_assert(!(kWrites & kSquare) || kWrites == kSquare, "square blocks are cast alone");
+  static_assert(!(kWrites & (kSquare | kSquareTurned)) || kWrites == kSquare || kWrites == kSquareTurned, "square blocks are cast alone");
   if constexpr (kWrites & kCols) fold_columns(values, stats);
-  if constexpr (kWrites & kRows128) cast_rows_128<kFull>(values, out, tile, power_of_two);
+  if constexpr (kWrites & kRows128) cast_rows_128<kFull, (kWrites & kHalfRows) != 0>(values, out, tile, power_of_two);
   if constexpr (kWrites & kRows16) cast_rows_16<kFull>(values, out, tile, power_of_two);
   if constexpr (kWrites & kCols) cast_columns<kFull>(values, out, tile, stats, staged, power_of_two);
   if constexpr (kWrites & kSquare) cast_square<kFull>(values, out, tile, stats, power_of_two);
+  if constexpr (kWrites & kSquareTurned) cast_square_turned<kFull>(values, out, tile, stats, staged, power_of_two);
 }
 
 template <unsigned kWrites, bool kFull, int kBand, class Source>

@@ -50,6 +50,36 @@ def test_backward_is_the_reference(shape, dtype, device):
         check_layout(*out[2 * i : 2 * i + 2], group)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(0, 256), (1, 128), (130, 256), (257, 1024), (128, 2176)])
+def test_backward_beside_has_the_bytes_of_both(shape, dtype, device):
+    """[dgate | dup] in one buffer, as one operand: each half is what it is alone."""
+    rows, cols = shape
+    gate, up = data(*shape, dtype, device)
+    dh = torch.randn_like(gate)
+    g, u = saved(gate, up)
+    args = (dh, g.codes, g.scales, u.codes, u.scales)
+    out, apart = ops.swiglu_backward_quantize(*args, True), ops.swiglu_backward_quantize(*args)
+    assert [t.shape for t in out[4:8]] == [(0, 0)] * 4
+    for i, group in enumerate(((1, 128), (128, 1))):
+        check_layout(*out[2 * i : 2 * i + 2], group)
+        width = (cols, cols // 128) if i == 0 else (cols, cols)
+        for j, w in enumerate(width):
+            same_bytes(out[2 * i + j][:, :w], apart[2 * i + j])
+            same_bytes(out[2 * i + j][:, w:], apart[4 + 2 * i + j])
+    for a, b in zip(out[8:], apart[8:], strict=True):
+        same_bytes(a, b)
+    for a, b in zip(out, reference.swiglu_backward_quantize(*args, True), strict=True):
+        assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    public = swiglu_backward_quantize(dh, g, u, beside=True)
+    assert public.dup is None
+    assert public.dup_cols is None
+    same_bytes(public.dgate.codes, out[0])
+    if rows == 130:
+        with pytest.raises(RuntimeError, match=r"dh must have a multiple of 128 columns .* got shape \[130, 144\]"):
+            ops.swiglu_backward_quantize(dh[:, :144], g.codes[:, :144], g.scales[:, :2], *args[3:], True)
+
+
 def test_h_against_fp64_and_rounding_bias(device):
     """With one element a row, the scale is |h| / 448: it shows h itself, before the cast takes it to 8 bits."""
     gate = torch.cat([torch.linspace(-80, 20, 4001), torch.tensor([-0.0, 1e-30, -1e-30, 88.0, 3e4])]).to(device)[

@@ -6,7 +6,15 @@ from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
-from eightfold.ops.quant import QuantizedTensor, quantize, quantize_both, requantize, transpose
+from eightfold.ops.quant import (
+    QuantizedTensor,
+    quantize,
+    quantize_beside,
+    quantize_both,
+    quantize_stacked,
+    requantize,
+    transpose,
+)
 from eightfold.ops.rotary import rotary
 
 build_info = _library.build_info
@@ -23,7 +31,9 @@ __all__ = [
     "fp8_gemm_accumulate_",
     "gemm_plan",
     "quantize",
+    "quantize_beside",
     "quantize_both",
+    "quantize_stacked",
     "requantize",
     "rms_norm",
     "rms_norm_backward",

@@ -26,12 +26,15 @@ class SwigluCasts(NamedTuple):
 
 
 class SwigluGradients(NamedTuple):
-    """Rows are operands of dgrad, columns of the weight gradients of gate, up and down."""
+    """Rows are operands of dgrad, columns of the weight gradients of gate, up and down.
+
+    With ``beside``, dgate and dgate_cols hold [dgate | dup], and dup and dup_cols are None.
+    """
 
     dgate: QuantizedTensor
     dgate_cols: QuantizedTensor
-    dup: QuantizedTensor
-    dup_cols: QuantizedTensor
+    dup: QuantizedTensor | None
+    dup_cols: QuantizedTensor | None
     h_cols: QuantizedTensor
 
 
@@ -52,21 +55,26 @@ def swiglu_quantize(gate: Tensor, up: Tensor, *, training: bool = False) -> Swig
     return SwigluCasts(h, QuantizedTensor(*saved[:2], ROWS), QuantizedTensor(*saved[2:], ROWS))
 
 
-def swiglu_backward_quantize(dh: Tensor, gate: QuantizedTensor, up: QuantizedTensor) -> SwigluGradients:
+def swiglu_backward_quantize(
+    dh: Tensor, gate: QuantizedTensor, up: QuantizedTensor, *, beside: bool = False
+) -> SwigluGradients:
     """Gradients of gate and up, and h recomputed, all as FP8 operands of the GEMMs that follow, from one read.
 
     Args:
         dh: gradient of h, bfloat16 or float32 [tokens, features], last dimension contiguous, any row stride.
         gate, up: as ``swiglu_quantize`` saved them.
+        beside: dgate and dup side by side in one buffer, for one product each with the weights [gate; up]; features are
+            then a multiple of 128. The bytes are the same.
 
     Raises ValueError for another group, RuntimeError for other dtypes, shapes or layouts.
     """
     for name, q in (("gate", gate), ("up", up)):
         if tuple(q.group) != ROWS:
             raise ValueError(f"swiglu_backward_quantize: {name}.group must be {ROWS}, got {tuple(q.group)}")
-    out = _ops.swiglu_backward_quantize(dh, gate.codes, gate.scales, up.codes, up.scales)
+    out = _ops.swiglu_backward_quantize(dh, gate.codes, gate.scales, up.codes, up.scales, beside)
     groups = (ROWS, COLS, ROWS, COLS, COLS)
-    return SwigluGradients(*(QuantizedTensor(out[2 * i], out[2 * i + 1], g) for i, g in enumerate(groups)))
+    casts = [QuantizedTensor(out[2 * i], out[2 * i + 1], g) for i, g in enumerate(groups)]
+    return SwigluGradients(*casts[:2], *([None, None] if beside else casts[2:4]), casts[4])
 
 
 def _empty_cast(like: Tensor, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -83,5 +91,9 @@ def _(gate, up, training):
 
 
 @torch.library.register_fake("eightfold::swiglu_backward_quantize")
-def _(dh, gate_codes, gate_scales, up_codes, up_scales):
-    return tuple(t for group in (ROWS, COLS, ROWS, COLS, COLS) for t in _empty_cast(dh, group))
+def _(dh, gate_codes, gate_scales, up_codes, up_scales, beside=False):
+    if not beside:
+        return tuple(t for group in (ROWS, COLS, ROWS, COLS, COLS) for t in _empty_cast(dh, group))
+    both = dh.new_empty(dh.shape[0], 2 * dh.shape[1])
+    nothing = (dh.new_empty((0, 0), dtype=t) for t in (layouts.CODES, torch.float32) * 2)
+    return *_empty_cast(both, ROWS), *_empty_cast(both, COLS), *nothing, *_empty_cast(dh, COLS)

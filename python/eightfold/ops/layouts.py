@@ -35,6 +35,11 @@ def empty_codes(rows: int, cols: int, group: tuple[int, int], device: torch.devi
     return torch.empty((rows, cols), dtype=CODES, device=device)
 
 
+def empty_turned_codes(rows: int, cols: int, device: torch.device) -> Tensor:
+    """Codes [cols, rows] of the transpose of a [rows, cols] tensor in groups (128, 128): the ld is padded to 16."""
+    return torch.empty_strided((cols, rows), (round_up(max(rows, 1), 16), 1), dtype=CODES, device=device)
+
+
 def empty_scales(rows: int, cols: int, group: tuple[int, int], device: torch.device) -> Tensor:
     shape = (ceil_div(rows, group[0]), ceil_div(cols, group[1]))
     if group[0] == 1:

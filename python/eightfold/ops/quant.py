@@ -4,6 +4,7 @@ Source of the scheme: groups of 1x128 for activations and 128x128 for weights as
 section 3.3.2), 1x16 as in COAT (arXiv 2410.19313, section 5.2).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,6 +67,36 @@ def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[QuantizedTenso
     return QuantizedTensor(codes, scales, (1, 128)), QuantizedTensor(col_codes, col_scales, (128, 1))
 
 
+def quantize_stacked(xs: Sequence[Tensor], *, transposed: bool = False) -> QuantizedTensor:
+    """``quantize`` in groups (128, 128) of several weights laid one below the other, or of the transpose of that.
+
+    The first is the operand of one product for several layers, [sum of rows, cols]; the second that of their common
+    input gradient, [cols, sum of rows]. The bytes are those of each weight's own cast.
+
+    Args:
+        xs: 1 to 8, bfloat16 or float32 [rows, cols] of one dtype, last dimension contiguous; all but the last have a
+            multiple of 128 rows.
+
+    Raises RuntimeError for other dtypes, shapes or layouts.
+    """
+    return QuantizedTensor(*_ops.quantize_stacked(list(xs), transposed), (128, 128))
+
+
+def quantize_beside(xs: Sequence[Tensor], *, columns: bool = True) -> tuple[QuantizedTensor, QuantizedTensor | None]:
+    """``quantize_both`` of several matrices laid beside each other, in one launch; the second is None unless wanted.
+
+    The bytes are those of each one's own cast.
+
+    Args:
+        xs: 1 to 8, bfloat16 or float32 [rows, cols] of one dtype, last dimension contiguous; all but the last have a
+            multiple of 128 columns.
+
+    Raises RuntimeError for other dtypes, shapes or layouts.
+    """
+    codes, scales, *cols = _ops.quantize_beside(list(xs), columns)
+    return QuantizedTensor(codes, scales, (1, 128)), QuantizedTensor(*cols, (128, 1)) if columns else None
+
+
 def requantize(q: QuantizedTensor, power_of_two: bool = False) -> QuantizedTensor:
     """From groups (1, 128) to (128, 1), through float32.
 
@@ -100,6 +131,24 @@ def _(x, group, power_of_two=False):
 @torch.library.register_fake("eightfold::quantize_both")
 def _(x, power_of_two=False):
     return *_empty(*x.shape, (1, 128), x), *_empty(*x.shape, (128, 1), x)
+
+
+@torch.library.register_fake("eightfold::quantize_stacked")
+def _(xs, transposed=False):
+    rows, cols = sum(x.shape[0] for x in xs), xs[0].shape[1]
+    if not transposed:
+        return _empty(rows, cols, (128, 128), xs[0])
+    scales = layouts.empty_scales(cols, rows, (128, 128), xs[0].device)
+    return layouts.empty_turned_codes(rows, cols, xs[0].device), scales
+
+
+@torch.library.register_fake("eightfold::quantize_beside")
+def _(xs, columns=True):
+    rows, cols = xs[0].shape[0], sum(x.shape[1] for x in xs)
+    if columns:
+        return *_empty(rows, cols, (1, 128), xs[0]), *_empty(rows, cols, (128, 1), xs[0])
+    nothing = (xs[0].new_empty((0, 0), dtype=t) for t in (layouts.CODES, torch.float32))
+    return *_empty(rows, cols, (1, 128), xs[0]), *nothing
 
 
 @torch.library.register_fake("eightfold::requantize")

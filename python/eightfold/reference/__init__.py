@@ -8,7 +8,15 @@ from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
 from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
-from eightfold.reference.quant import dequantize, quantize, quantize_both, requantize, transpose_codes
+from eightfold.reference.quant import (
+    dequantize,
+    quantize,
+    quantize_beside,
+    quantize_both,
+    quantize_stacked,
+    requantize,
+    transpose_codes,
+)
 from eightfold.reference.rotary import rotary
 
 __all__ = [
@@ -21,7 +29,9 @@ __all__ = [
     "fp8_gemm",
     "fp8_gemm_accumulate_",
     "quantize",
+    "quantize_beside",
     "quantize_both",
+    "quantize_stacked",
     "requantize",
     "rms_norm",
     "rms_norm_backward",

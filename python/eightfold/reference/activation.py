@@ -23,12 +23,13 @@ def swiglu_quantize(gate: Tensor, up: Tensor, training: bool) -> tuple[Tensor, .
 
 
 def swiglu_backward_quantize(
-    dh: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor
+    dh: Tensor, gate_codes: Tensor, gate_scales: Tensor, up_codes: Tensor, up_scales: Tensor, beside: bool = False
 ) -> tuple[Tensor, ...]:
     """(codes, scales, col_codes, col_scales) of dgate, the same of dup, (col_codes, col_scales) of the recomputed h.
 
     With s = sigmoid(gate): h = gate * s * up, dup = dh * gate * s, dgate = dh * up * s * (1 + gate * (1 - s)), each
-    rounded to dh's dtype before it is quantised.
+    rounded to dh's dtype before it is quantised. With ``beside`` (a multiple of 128 columns), [dgate | dup] comes first
+    and what would be dup's is of size 0.
     """
     g = dequantize(gate_codes, gate_scales, [1, 128], torch.float32)
     u = dequantize(up_codes, up_scales, [1, 128], torch.float32)
@@ -38,4 +39,7 @@ def swiglu_backward_quantize(
     dgate = ((d * u) * (s * (1.0 + g * (1.0 - s)))).to(dh.dtype)
     dup = (d * silu).to(dh.dtype)
     h = (silu * u).to(dh.dtype)
-    return *quantize_both(dgate), *quantize_both(dup), *quantize(h, [128, 1])
+    if not beside:
+        return *quantize_both(dgate), *quantize_both(dup), *quantize(h, [128, 1])
+    nothing = [torch.empty((0, 0), dtype=t, device=h.device) for t in (torch.float8_e4m3fn, torch.float32) * 2]
+    return *quantize_both(torch.cat((dgate, dup), 1)), *nothing, *quantize(h, [128, 1])

@@ -63,6 +63,32 @@ def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[Tensor, Tensor
     return *quantize(x, [1, 128], power_of_two), *quantize(x, [128, 1], power_of_two)
 
 
+def quantize_stacked(xs: list[Tensor], transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """Codes and scales in groups (128, 128) of ``xs`` laid one below the other, or of the transpose of that.
+
+    All but the last are a multiple of 128 high. Transposed codes have rows at multiples of 16 bytes.
+    """
+    codes, scales = quantize(torch.cat(xs), [128, 128])
+    if not transposed:
+        return codes, scales
+    rows, cols = codes.shape
+    turned = layouts.empty_turned_codes(rows, cols, codes.device)
+    turned.view(torch.uint8).copy_(codes.view(torch.uint8).t())
+    return turned, layouts.empty_scales(cols, rows, (128, 128), codes.device).copy_(scales.t())
+
+
+def quantize_beside(xs: list[Tensor], columns: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_both`` of ``xs`` laid beside each other; all but the last are a multiple of 128 wide.
+
+    The columns are of size 0 unless wanted.
+    """
+    whole = torch.cat(xs, 1)
+    if columns:
+        return quantize_both(whole)
+    nothing = [torch.empty((0, 0), dtype=t, device=whole.device) for t in (layouts.CODES, torch.float32)]
+    return *quantize(whole, [1, 128]), *nothing
+
+
 def dequantize(codes: Tensor, scales: Tensor, group: list[int], dtype: torch.dtype) -> Tensor:
     """codes * scales, multiplied in float32 and rounded once to ``dtype``; row-major."""
     values = (codes.float() * _expand(scales, (group[0], group[1]), codes.shape)).to(dtype)
