@@ -107,7 +107,8 @@ def test_add_norm_linears_is_the_composition(device):
     assert torch.equal(grads[0], grads[1])
 
 
-def test_norm_swiglu_mlp_is_the_composition(device):
+@pytest.mark.parametrize("I", [I, 384])
+def test_norm_swiglu_mlp_is_the_composition(device, I):
     (x,) = make(device, (150, H), dtype=torch.bfloat16, scale=1.0)
     norm_weight, gate_w, up_w, down_w = make(device, (H,), (I, H), (I, H), (H, I))
     out = F.fp8_norm_swiglu_mlp(x, norm_weight, EPS, gate_w, up_w, down_w)[1]

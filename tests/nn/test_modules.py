@@ -84,13 +84,18 @@ class TestWeightCache:
         from eightfold.nn import _products
 
         casts = []
-        real = _products.ops.quantize
+        real, real_stacked = _products.ops.quantize, _products.ops.quantize_stacked
 
         def quantize(tensor, group):
             casts.extend([tensor] if group == [128, 128] else [])
             return real(tensor, group)
 
+        def quantize_stacked(tensors, transposed):
+            casts.append(tensors)
+            return real_stacked(tensors, transposed)
+
         monkeypatch.setattr(_products.ops, "quantize", quantize)
+        monkeypatch.setattr(_products.ops, "quantize_stacked", quantize_stacked)
         for _ in range(calls):
             layer(x).sum().backward()
         monkeypatch.undo()

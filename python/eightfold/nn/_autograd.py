@@ -10,16 +10,6 @@ from eightfold.nn import _products as p
 from eightfold.nn._products import ops
 
 
-def _output_gradients(dys, needs_columns):
-    """Row codes of each dy, and its column codes where a weight gradient needs them (else None)."""
-    rows, columns = [], []
-    for dy, needed in zip(dys, needs_columns, strict=True):
-        codes, scales, *cols = ops.quantize_both(dy) if needed else ops.quantize(dy, p.ROWS)
-        rows.append((codes, scales))
-        columns.append(tuple(cols) if needed else None)
-    return rows, columns
-
-
 def norm_forward(x, residual, weight, eps, training):
     """The sum (None without a residual), row codes and column codes of its norm, and what the norm's backward needs."""
     if residual is None:
@@ -38,8 +28,7 @@ def _norm_backward(dy, codes, scales, rstd, weight, dsum, shape):
 
 def swiglu_forward(rows, x, weights, caches, training):
     """Output [..., hidden] and the codes and scales of gate and up."""
-    gate = p.product(rows, weights[0], None, x.dtype, caches[0])
-    up = p.product(rows, weights[1], None, x.dtype, caches[1])
+    gate, up = p.products(rows, weights[:2], (None, None), x.dtype, caches[:2], as_one=True)
     codes, scales, *saved = ops.swiglu_quantize(gate, up, training)
     out = p.product((codes, scales), weights[2], None, x.dtype, caches[2])
     return out.view(*x.shape[:-1], weights[2].shape[0]), saved
@@ -62,15 +51,15 @@ class Linear(torch.autograd.Function):
     def backward(ctx, dy):
         weight, x, *columns = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grads, dy_columns = _output_gradients([p.flat(dy)], [needs_weight])
+        grads = p.output_gradients([p.flat(dy)], [weight], [needs_weight])
         dx = dw = db = None
         if needs_x:
             dx = p.input_gradient(grads, [weight], [ctx.cache], dy.dtype).view(ctx.x_shape)
         if needs_weight:
             if x is not None:
-                dw = p.weight_gradient_of_input(dy_columns[0], x, weight.dtype)
+                dw = p.weight_gradient_of_input(grads[0].columns, x, weight.dtype)
             else:
-                dw = p.weight_gradient(dy_columns[0], columns, weight.dtype)
+                dw = p.weight_gradient(grads[0].columns, columns, weight.dtype)
         if needs_bias:
             db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
         return dx, dw, db, None, None
@@ -102,9 +91,8 @@ class NormLinears(torch.autograd.Function):
         ctx.save_for_backward(norm_weight, *normed, *columns, *weights)
         ctx.caches, ctx.has_residual = caches, residual is not None
         ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
-        out = []
-        for weight, bias, cache in zip(weights, biases, caches, strict=True):
-            out.append(p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0]))
+        out = p.products(rows, weights, biases, x.dtype, caches, as_one=False)
+        out = [y.view(*x.shape[:-1], y.shape[1]) for y in out]
         return tuple(out) if total is None else (total, *out)
 
     @staticmethod
@@ -116,15 +104,12 @@ class NormLinears(torch.autograd.Function):
         needs = ctx.needs_input_grad
         needs_weights, needs_biases = needs[5 : 5 + n], needs[5 + n :]
         dys = [p.flat(dy) for dy in grads]
-        rows, dy_columns = _output_gradients(dys, needs_weights)
+        gradients = p.output_gradients(dys, weights, needs_weights)
         dx = dnorm = None
         if any(needs[:3]):
-            dnormed = p.input_gradient(rows, weights, ctx.caches, dys[0].dtype)
+            dnormed = p.input_gradient(gradients, weights, ctx.caches, dys[0].dtype)
             dx, dnorm = _norm_backward(dnormed, codes, scales, rstd, norm_weight, dsum, grads[0].shape[:-1])
-        dweights = [
-            p.weight_gradient(dy_columns[i], (col_codes, col_scales), weights[i].dtype) if needs_weights[i] else None
-            for i in range(n)
-        ]
+        dweights = p.weight_gradients(gradients, (col_codes, col_scales), weights, needs_weights)
         dbiases = [p.bias_gradient(dys[i], ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
         return dx, dx if ctx.has_residual else None, dnorm, None, None, *dweights, *dbiases
 
@@ -158,26 +143,26 @@ class SwiGLU(torch.autograd.Function):
         dsum, dy = grads if ctx.has_residual else (None, grads[0])
         dtype, shape = dy.dtype, dy.shape[:-1]
 
-        rows, columns = _output_gradients([p.flat(dy)], [needs[6]])
-        dh = p.input_gradient(rows, [down_weight], caches[2:], dtype)
-        out = ops.swiglu_backward_quantize(dh, gate, gate_scales, up, up_scales)
+        gradients = p.output_gradients([p.flat(dy)], [down_weight], [needs[6]])
+        dh = p.input_gradient(gradients, [down_weight], caches[2:], dtype)
+        weights = gate_weight, up_weight
+        as_one = p.can_stack(weights)
+        out = ops.swiglu_backward_quantize(dh, gate, gate_scales, up, up_scales, as_one)
         dgate, dgate_columns, dup, dup_columns, h_columns = (out[i : i + 2] for i in range(0, 10, 2))
 
-        dweights = [None, None, None]
-        if needs[6]:
-            dweights[2] = p.weight_gradient(columns[0], h_columns, down_weight.dtype)
-        if needs[4]:
-            dweights[0] = p.weight_gradient(dgate_columns, (col_codes, col_scales), gate_weight.dtype)
-        if needs[5]:
-            dweights[1] = p.weight_gradient(dup_columns, (col_codes, col_scales), up_weight.dtype)
+        ddown = p.weight_gradient(gradients[0].columns, h_columns, down_weight.dtype) if needs[6] else None
+        gradients = [p.Gradients(dgate, dgate_columns, range(2 if as_one else 1))]
+        if not as_one:
+            gradients.append(p.Gradients(dup, dup_columns, range(1, 2)))
+        dweights = p.weight_gradients(gradients, (col_codes, col_scales), weights, needs[4:6])
         dx = dnorm = None
         if any(needs[:3]):
-            dx = p.input_gradient([dgate, dup], [gate_weight, up_weight], caches[:2], dtype)
+            dx = p.input_gradient(gradients, weights, caches[:2], dtype)
             if norm_weight is None:
                 dx = dx.view(*shape, gate_weight.shape[1])
             else:
                 dx, dnorm = _norm_backward(dx, codes, scales, rstd, norm_weight, dsum, shape)
-        return dx, dx if ctx.has_residual else None, dnorm, None, *dweights, None
+        return dx, dx if ctx.has_residual else None, dnorm, None, *dweights, ddown, None
 
 
 def bf16_product(x, matrix, bias=None):

@@ -4,26 +4,35 @@
     dgrad     dX = Q1x128(dY)    Q128x128(W)         the same weight codes: a square grid transposes exactly
     wgrad     dW = Q128x1(dY)^T  Q128x1(X)           both operands grouped along the tokens
 
-(Jet-RL, section 4; DeepSeek-V3 report, section 3.3.) Weights are never kept in FP8 between forward and backward, unless
+(Jet-RL, section 4; DeepSeek-V3 report, section 3.3.) Layers that read one input share products: their weights are cast
+one below the other and their output gradients beside each other, so that all input gradients are one product, and all
+weight gradients. Weights of several dtypes, or not a multiple of 128 high (the last may be), go one by one: the bits of
+outputs and weight gradients are the same, those of the input gradient differ by the order of its fp32 sum.
+
+Weights are never kept in FP8 between forward and backward, unless
 their layer has a `WeightCache`: the parameter is there anyway, and casting it again costs one read of it.
 """
 
 import weakref
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from eightfold.ops import _library, gemm  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
+from eightfold.ops.layouts import ceil_div
 
 ops = torch.ops.eightfold
 
 ROWS, COLUMNS, BLOCKS = [1, 128], [128, 1], [128, 128]
+MOST_STACKED = 8  # what quantize_stacked and quantize_beside take
 Codes = tuple[Tensor, Tensor]  # codes and scales
 
 
 class WeightCache:
-    """Keeps the (128, 128) codes of one parameter while it is the same object, storage and version: 1 byte an element.
+    """Keeps the (128, 128) codes of a parameter, or of several as one, while each is the same object, storage and
+    version: 1 byte an element.
 
     Writes that torch does not count (through `.data` or another library's kernels) need `clear()`. Not used while
     compiling, nor for parameters made in inference mode, which have no version.
@@ -33,26 +42,56 @@ class WeightCache:
         self.clear()
 
     def clear(self) -> None:
-        self._weight, self._key, self._codes = None, None, None
+        self._weights, self._key, self._codes = (), None, None
 
-    def codes(self, weight: Tensor) -> Codes:
-        if weight.is_inference():
-            return quantize_weight(weight, None)
-        key = (weight._version, weight.data_ptr(), weight.shape)
-        if self._weight is None or self._weight() is not weight or self._key != key:
-            self._codes = quantize_weight(weight, None)
-            self._weight, self._key = weakref.ref(weight), key
+    def codes(self, *weights: Tensor) -> Codes:
+        if any(weight.is_inference() for weight in weights):
+            return _cast(weights)
+        key = [(weight._version, weight.data_ptr(), weight.shape) for weight in weights]
+        if self._key != key or not all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True)):
+            self._codes = _cast(weights)
+            self._weights, self._key = tuple(weakref.ref(weight) for weight in weights), key
         return self._codes
 
     def __reduce__(self):  # copies and pickles of a layer start empty
         return WeightCache, ()
 
 
-def quantize_weight(weight: Tensor, cache: WeightCache | None) -> Codes:
-    if cache is not None and not torch.compiler.is_compiling():
-        return cache.codes(weight)
-    codes, scales = ops.quantize(weight.contiguous(), BLOCKS)
+def can_stack(weights: Sequence[Tensor]) -> bool:
+    """Whether ``weights`` share products."""
+    return (
+        1 < len(weights) <= MOST_STACKED
+        and all(weight.shape[0] % 128 == 0 for weight in weights[:-1])
+        and all(weight.dtype == weights[0].dtype for weight in weights)
+    )
+
+
+def _cast(weights: Sequence[Tensor], transposed: bool = False) -> Codes:
+    if len(weights) == 1 and not transposed:
+        codes, scales = ops.quantize(weights[0].contiguous(), BLOCKS)
+    else:
+        codes, scales = ops.quantize_stacked([weight.contiguous() for weight in weights], transposed)
     return codes, scales
+
+
+def _cache(caches: Sequence[WeightCache | None]) -> WeightCache | None:
+    """The cache of weights that share products: the first one's, if all have one."""
+    return None if torch.compiler.is_compiling() or any(cache is None for cache in caches) else caches[0]
+
+
+def quantize_weights(weights: Sequence[Tensor], caches: Sequence[WeightCache | None]) -> Codes:
+    """Codes of ``weights``, one below the other: [sum of out, in]."""
+    cache = _cache(caches)
+    return _cast(weights) if cache is None else cache.codes(*weights)
+
+
+def _transposed_weights(weights: Sequence[Tensor], caches: Sequence[WeightCache | None]) -> Codes:
+    """The same codes, [in, sum of out]."""
+    cache = _cache(caches)
+    if cache is None:
+        return _cast(weights, transposed=True)
+    codes, scales = cache.codes(*weights)
+    return ops.transpose_codes(codes), scales.t().contiguous()
 
 
 # Codes of the last layer input, so that layers reading the same tensor (q, k, v) cast it, and save it, once:
@@ -93,22 +132,91 @@ def flat(x: Tensor) -> Tensor:
 
 def product(rows: Codes, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, cache: WeightCache | None) -> Tensor:
     """X W^T + bias, [tokens, out_features]."""
-    return gemm.product(*rows, *quantize_weight(weight, cache), 128, bias, dtype)
+    return gemm.product(*rows, *quantize_weights([weight], [cache]), 128, bias, dtype)
 
 
-def input_gradient(grads: list[Codes], weights: list[Tensor], caches: list, dtype: torch.dtype) -> Tensor:
+def products(
+    rows: Codes,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    dtype: torch.dtype,
+    caches: Sequence[WeightCache | None],
+    as_one: bool,
+) -> list[Tensor]:
+    """X W^T + bias of each layer, [tokens, out_features].
+
+    ``as_one`` lets them be columns of one product. Not for outputs that a backward pass keeps some of: one such view
+    keeps the memory of all.
+    """
+    if not can_stack(weights):
+        return [product(rows, w, b, dtype, c) for w, b, c in zip(weights, biases, caches, strict=True)]
+    codes, scales = quantize_weights(weights, caches)
+    sizes = [weight.shape[0] for weight in weights]
+    if as_one and all(bias is None for bias in biases):
+        return list(gemm.product(*rows, codes, scales, 128, None, dtype).split(sizes, 1))
+    if as_one and all(bias is not None and bias.dtype == biases[0].dtype for bias in biases):
+        return list(gemm.product(*rows, codes, scales, 128, torch.cat(list(biases)), dtype).split(sizes, 1))
+    parts = zip(codes.split(sizes), scales.split([ceil_div(size, 128) for size in sizes]), biases, strict=True)
+    return [gemm.product(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
+
+
+class Gradients(NamedTuple):
+    """Output gradients of one layer, or of several beside each other, as operands."""
+
+    rows: Codes
+    columns: Codes | None  # None where no weight gradient needs them
+    layers: range
+
+
+def output_gradients(dys: list[Tensor], weights: Sequence[Tensor], needed: Sequence[bool]) -> list[Gradients]:
+    """Casts each ``dy`` [tokens, out]; ``needed`` says which weights get gradients."""
+    if can_stack(weights) and all(dy.dtype == dys[0].dtype for dy in dys):
+        codes, scales, *columns = ops.quantize_beside(dys, any(needed))
+        return [Gradients((codes, scales), tuple(columns) if any(needed) else None, range(len(dys)))]
+    out = []
+    for i, dy in enumerate(dys):
+        codes, scales, *columns = ops.quantize_both(dy) if needed[i] else ops.quantize(dy, ROWS)
+        out.append(Gradients((codes, scales), tuple(columns) if needed[i] else None, range(i, i + 1)))
+    return out
+
+
+def input_gradient(
+    gradients: Sequence[Gradients], weights: Sequence[Tensor], caches: Sequence, dtype: torch.dtype
+) -> Tensor:
     """Sum over layers of dY W, added up in float32 and rounded once."""
     if torch.compiler.is_compiling():
-        return _compiled_input_gradient([g[0] for g in grads], [g[1] for g in grads], list(weights), dtype)
+        codes, scales = zip(*(g.rows for g in gradients), strict=True)
+        return _compiled_input_gradient(codes, scales, [len(g.layers) for g in gradients], list(weights), dtype)
     total = None
-    for rows, weight, cache in zip(grads, weights, caches, strict=True):
-        codes, scales = quantize_weight(weight, cache)
-        transposed = ops.transpose_codes(codes), scales.t().contiguous()
+    for rows, _, layers in gradients:
+        operand = _transposed_weights([weights[i] for i in layers], [caches[i] for i in layers])
+        if len(gradients) == 1:
+            return gemm.product(*rows, *operand, 128, None, dtype)
         if total is None:
-            total = gemm.product(*rows, *transposed, 128, None, dtype if len(weights) == 1 else torch.float32)
+            total = gemm.product(*rows, *operand, 128, None, torch.float32)
         else:
-            ops.fp8_gemm_accumulate_(total, *rows, *transposed)
+            ops.fp8_gemm_accumulate_(total, *rows, *operand)
     return total.to(dtype)
+
+
+def weight_gradients(
+    gradients: Sequence[Gradients], input_columns: Codes, weights: Sequence[Tensor], needed: Sequence[bool]
+) -> list[Tensor | None]:
+    """dY^T X of each weight that needs it; of layers that share a product they are views of its result."""
+    out: list[Tensor | None] = [None] * len(weights)
+    for _, columns, layers in gradients:
+        sizes = [weights[i].shape[0] for i in layers]
+        if all(needed[i] for i in layers):
+            whole = weight_gradient(columns, input_columns, weights[layers[0]].dtype)
+            out[layers.start : layers.stop] = whole.split(sizes) if len(sizes) > 1 else [whole]
+            continue
+        begin = 0
+        for i, size in zip(layers, sizes, strict=True):
+            if needed[i]:
+                part = tuple(t[:, begin : begin + size] for t in columns)
+                out[i] = weight_gradient(part, input_columns, weights[i].dtype)
+            begin += size
+    return out
 
 
 def weight_gradient(grad_columns: Codes, input_columns: Codes, dtype: torch.dtype) -> Tensor:
@@ -130,13 +238,21 @@ def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype)
 
 @torch.library.custom_op("eightfold_nn::linear_input_gradient", mutates_args=())
 def _compiled_input_gradient(
-    codes: Sequence[Tensor], scales: Sequence[Tensor], weights: Sequence[Tensor], dtype: torch.dtype
+    codes: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    counts: Sequence[int],
+    weights: Sequence[Tensor],
+    dtype: torch.dtype,
 ) -> Tensor:
-    return input_gradient(list(zip(codes, scales, strict=True)), list(weights), [None] * len(weights), dtype)
+    gradients, begin = [], 0
+    for code, scale, count in zip(codes, scales, counts, strict=True):
+        gradients.append(Gradients((code, scale), None, range(begin, begin + count)))
+        begin += count
+    return input_gradient(gradients, list(weights), [None] * len(weights), dtype)
 
 
 @_compiled_input_gradient.register_fake
-def _(codes, scales, weights, dtype):
+def _(codes, scales, counts, weights, dtype):
     return weights[0].new_empty(codes[0].shape[0], weights[0].shape[1], dtype=dtype)
 
 

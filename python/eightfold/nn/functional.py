@@ -69,6 +69,7 @@ def fp8_norm_linears(
 
     One cast of the norm's output serves all the products, one saved column tensor all their weight gradients. The
     gradient of s is added inside the norm's backward kernel, and the gradients of the outputs are summed in float32.
+    Without gradients the outputs may be views of one buffer.
     """
     name = "fp8_norm_linears"
     x = _activation(name, x)
@@ -84,9 +85,8 @@ def fp8_norm_linears(
         out = a.NormLinears.apply(x, residual, norm_weight, eps, caches, *weights, *biases)
         return (None, list(out)) if residual is None else (out[0], list(out[1:]))
     total, rows, _, _ = a.norm_forward(x, residual, norm_weight, eps, False)
-    shape = x.shape[:-1]
-    layers = zip(weights, biases, caches, strict=True)
-    return total, [p.product(rows, w, b, x.dtype, c).view(*shape, w.shape[0]) for w, b, c in layers]
+    out = p.products(rows, weights, biases, x.dtype, caches, as_one=True)
+    return total, [y.view(*x.shape[:-1], y.shape[1]) for y in out]
 
 
 def fp8_swiglu_mlp(
