@@ -31,6 +31,7 @@ def fused(rows: int, cols: int, dtype: torch.dtype) -> None:
         op.add_rms_norm_quantize(x, residual, weight, 1e-5, training)
         op.swiglu_quantize(x, residual, training)
     _, codes, scales, rstd = op.rms_norm(x, weight, 1e-5, True)
+    op.rms_norm_columns(codes, scales, rstd, weight, dtype)
     op.rms_norm_backward(dy, codes, scales, rstd, weight, residual)
     op.rms_norm_backward(dy, x, None, rstd, weight, None)
     op.swiglu_backward_quantize(dy, *op.swiglu_quantize(x, residual, True)[2:])

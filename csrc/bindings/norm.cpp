@@ -1,4 +1,4 @@
-// rms_norm, rms_norm_quantize, add_rms_norm_quantize, rms_norm_backward: checks, allocation, dispatch.
+// rms_norm, rms_norm_quantize, add_rms_norm_quantize, rms_norm_columns, rms_norm_backward: checks, allocation, dispatch.
 #include "quant/norm.h"
 
 #include "bindings/casts.h"
@@ -106,6 +106,41 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> add_r
       std::move(out.x.codes), std::move(out.x.scales), std::move(out.rstd)};
 }
 
+std::tuple<Tensor, Tensor> rms_norm_columns(const Tensor& x_codes, const Tensor& x_scales, const Tensor& rstd, const Tensor& weight,
+                                            ScalarType dtype) {
+  const char* op = "rms_norm_columns";
+  check_rank(x_codes, 2, op, "x_codes");
+  const int64_t rows = x_codes.size(0), cols = x_codes.size(1);
+  RmsNormColumns norm{};
+  norm.x = row_codes_in(x_codes, x_scales, rows, cols, x_codes, op, "x_codes", "x_scales");
+  check_same_device(rstd, x_codes, op, "rstd");
+  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
+  check_shape(rstd, {rows}, op, "rstd");
+  check_contiguous(rstd, op, "rstd");
+  check_same_device(weight, x_codes, op, "weight");
+  check_dtype(weight, {ScalarType::BFloat16, ScalarType::Float}, op, "weight");
+  check_shape(weight, {cols}, op, "weight");
+  check_contiguous(weight, op, "weight");
+  EF_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, op, ": dtype must be bfloat16 or float32, got ", name_of(dtype));
+  ColCast out = empty_col_cast(rows, cols, x_codes);
+  norm.rstd = static_cast<const float*>(rstd.data_ptr());
+  norm.weight = weight.data_ptr();
+  norm.dtype = dtype == ScalarType::Float ? DType::f32 : DType::bf16;
+  norm.weight_dtype = dtype_of(weight, op, "weight");
+  norm.y_cols = out.view;
+  if (x_codes.is_cpu()) {
+    rms_norm_columns_cpu(norm);
+  } else {
+#if EIGHTFOLD_WITH_CUDA
+    OnDeviceOf device(x_codes);
+    rms_norm_columns_sm90(norm, current_stream(x_codes));
+#else
+    fail(op, ": this build has no CUDA kernels");
+#endif
+  }
+  return {std::move(out.codes), std::move(out.scales)};
+}
+
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, const std::optional<Tensor>& x_scales, const Tensor& rstd,
                                              const Tensor& weight, const std::optional<Tensor>& residual_grad) {
   const char* op = "rms_norm_backward";
@@ -158,6 +193,7 @@ STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
   m.impl("rms_norm", EF_BOX(&rms_norm));
   m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
   m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_columns", EF_BOX(&rms_norm_columns));
   m.impl("rms_norm_backward", EF_BOX(&rms_norm_backward));
 }
 
@@ -166,6 +202,7 @@ STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
   m.impl("rms_norm", EF_BOX(&rms_norm));
   m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
   m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
+  m.impl("rms_norm_columns", EF_BOX(&rms_norm_columns));
   m.impl("rms_norm_backward", EF_BOX(&rms_norm_backward));
 }
 #endif

@@ -22,6 +22,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "add_rms_norm_quantize(Tensor x, Tensor residual, Tensor weight, float eps, bool training) -> (Tensor sum, Tensor codes, "
       "Tensor scales, Tensor col_codes, Tensor col_scales, Tensor x_codes, Tensor x_scales, Tensor rstd)");
   m.def(
+      "rms_norm_columns(Tensor x_codes, Tensor x_scales, Tensor rstd, Tensor weight, ScalarType dtype) -> (Tensor col_codes, Tensor "
+      "col_scales)");
+  m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor? x_scales, Tensor rstd, Tensor weight, Tensor? residual_grad) -> (Tensor dx, "
       "Tensor dweight)");
   m.def(

@@ -61,7 +61,19 @@ struct RmsNormBackward {
   float* partials;  // workspace [backward_runs(rows, cols), cols]
 };
 
+// Column codes of y again, from the row codes of s: y is made of the decoded s, so that it is rounded to E4M3 twice. Bytes per
+// element: 1 read, 1 written.
+struct RmsNormColumns {
+  RowCodes x;  // of s
+  const float* rstd;
+  const void* weight;
+  DType dtype, weight_dtype;  // dtype: to which y is rounded
+  Quantized y_cols;
+};
+
 void rms_norm_cpu(const RmsNorm& op);
+void rms_norm_columns_cpu(const RmsNormColumns& op);
+void rms_norm_columns_sm90(const RmsNormColumns& op, void* stream);
 void rms_norm_backward_cpu(const RmsNormBackward& op);
 
 // Any number of rows; up to kMaxNormCols columns, of which a block's registers hold a row of x and of the residual in fp32.

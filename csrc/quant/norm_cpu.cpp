@@ -120,6 +120,25 @@ void rms_norm_cpu(const RmsNorm& op) {
   if (op.y_cols.codes) column_pass(op, weight);
 }
 
+void rms_norm_columns_cpu(const RmsNormColumns& op) {
+  std::vector<float> weight = load_weight(op.weight, op.weight_dtype, op.x.cols);
+  int64_t strips = groups_of(op.x.cols);
+  parallel_for(groups_of(op.x.rows) * strips, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> tile(kGroup * kGroup);
+    for (int64_t t = begin; t < end; ++t) {
+      int64_t row = t / strips * kGroup, col = t % strips * kGroup;
+      int64_t rows = std::min(kGroup, op.x.rows - row), cols = std::min(kGroup, op.x.cols - col);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* y = tile.data() + r * kGroup;
+        decode_row(op.x, row + r, col, cols, y);
+        normalise(y, op.rstd[row + r], weight.data() + col, cols, y);
+        round_span(y, op.dtype, cols);
+      }
+      cast_tile_columns(tile.data(), row, col, rows, cols, op.y_cols);
+    }
+  });
+}
+
 void rms_norm_backward_cpu(const RmsNormBackward& op) {
   int64_t cols = op.cols, runs = backward_runs(op.rows, op.cols);
   std::vector<float> weight = load_weight(op.weight, op.weight_dtype, cols);

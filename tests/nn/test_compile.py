@@ -50,6 +50,24 @@ def test_fullgraph_is_eager(device, backend, cached):
             assert torch.equal(ours, want)
 
 
+def test_columns_made_in_the_backward_pass(device):
+    """save="input": the compiler must not make them in the forward pass and keep them."""
+    x, norm = torch.randn(20, 64, device=device, requires_grad=True), torch.ones(64, device=device, requires_grad=True)
+    weights = [torch.randn(n, 64, device=device, requires_grad=True) for n in (128, 48)]
+
+    def layer(x):
+        return functional.fp8_norm_linears(x, norm, 1e-5, weights, save="input")[1]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager_decomp_partition", dynamic=False)(x)
+    saved = [t for t in compiled[0].grad_fn.saved_tensors if t.dtype == torch.float8_e4m3fn]
+    assert [t.shape for t in saved] == [x.shape]
+    dys = [torch.randn_like(y) for y in compiled]
+    inputs = (x, norm, *weights)
+    wanted = torch.autograd.grad(layer(x), inputs, dys)
+    assert all(torch.equal(a, b) for a, b in zip(torch.autograd.grad(compiled, inputs, dys), wanted, strict=True))
+
+
 def test_new_token_counts_do_not_recompile(device):
     """One compilation for all counts of a kind: strides are padded to 16 tokens, and 128 tokens share a column scale,
     so that counts up to 128, multiples of 4 and multiples of 16 are compiled apart."""

@@ -89,6 +89,28 @@ def test_save_option_does_not_change_gradients(device):
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_norm_linears_that_save_their_input(device, dtype):
+    """One gradient differs, that of the weights: its operand was rounded twice."""
+    (x, residual, norm, w, v, b), _, _, _ = setup_case("add_norm_linears", device, dtype)
+    inputs = x, residual, norm, b, w, v
+    results = []
+    for save in ("columns", "input"):
+        total, outs = F.fp8_norm_linears(x, norm, EPS, [w, v], [None, b], residual, save)
+        torch.manual_seed(1)
+        dys = [torch.randn_like(t) for t in (total, *outs)]
+        results.append(((total, *outs), torch.autograd.grad((total, *outs), inputs, dys)))
+    (outs, grads), (others, other_grads) = results
+    assert all(torch.equal(a, b) for a, b in zip(outs, others, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(grads[:4], other_grads[:4], strict=True))
+    for a, b in zip(grads[4:], other_grads[4:], strict=True):
+        assert not torch.equal(a, b)
+        assert (a - b).norm() / a.norm() < 0.045
+    frozen = [t.detach() for t in (w, v)]
+    _, outs = F.fp8_norm_linears(x, norm, EPS, frozen, None, residual, "input")
+    assert torch.autograd.grad(outs, x, dys[1:])[0].isfinite().all()
+
+
 @pytest.mark.parametrize("weight_dtype", DTYPES, ids=str)
 def test_weight_gradients_have_the_weight_dtype(device, weight_dtype):
     inputs, ours, _, _ = setup_case("add_norm_linears", device, torch.bfloat16, weight_dtype=weight_dtype)
@@ -167,6 +189,11 @@ X, W = torch.zeros(4, 32), torch.zeros(48, 32)
         (partial(F.fp8_linear, X, W, torch.zeros(47)), ValueError, r"bias of weight must be \[48\], got \[47\]"),
         (partial(F.fp8_linear, torch.zeros(()), W), ValueError, "got a scalar"),
         (partial(F.fp8_rms_norm, X, torch.zeros(31), EPS), ValueError, r"must be \[32\], .* got \[31\]"),
+        (
+            partial(F.fp8_norm_linears, X, W[0], EPS, [W], save="no"),
+            ValueError,
+            "must be 'columns' or 'input', got 'no'",
+        ),
         (partial(F.fp8_norm_linears, X, W[0], EPS, [W], []), ValueError, "got 1 weights, 0 biases and 1 caches"),
         (partial(F.fp8_norm_linears, X, W[0], EPS, [W], residual=X[:2]), ValueError, "residual must be as x"),
         (partial(F.fp8_norm_linears, X, W[0], EPS, [W, W.t()]), ValueError, r"weights\[1\] must be \[out, 32\]"),

@@ -10,6 +10,10 @@ import pytest
 import torch
 from torch import nn
 
+from eightfold.models.config import DecoderConfig
+from eightfold.models.decoder import DecoderLayer
+from eightfold.models.precision import strategy
+from eightfold.models.rotary import inverse_frequencies, rotary_tables
 from eightfold.nn import FP8Linear, convert, functional
 
 HIDDEN, INTERMEDIATE, HEADS, BATCH, LENGTH = 512, 1376, 8, 2, 256
@@ -110,6 +114,27 @@ def test_llama_layer_saves_at_most_nine_and_a_half_u(device):
     assert sum(s.dtype == torch.float8_e4m3fn for s in fp8) == 6
     out.sum().backward()
     assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("shape", "save", "most"), [("llama", "columns", 9.1), ("qwen2", "columns", 9.9), ("qwen2", "input", 9.35)]
+)
+def test_layers_of_7b_models(device, shape, save, most):
+    """In the proportions of Llama-2-7B and Qwen2.5-7B: heads of 128, and a quarter of their sizes."""
+    hidden, heads, kv_heads, inter = {"llama": (1024, 8, 8, 2752), "qwen2": (896, 7, 1, 4736)}[shape]
+    config = DecoderConfig(shape, 64, hidden, inter, 1, heads, kv_heads, 128)
+    layer = DecoderLayer(config, 0, strategy("fp8", save)).to(device, torch.bfloat16)
+    tables = rotary_tables(inverse_frequencies(config).to(device), torch.arange(256, device=device)[None])
+    stream, branch = (torch.randn(1, 256, hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
+    branch.requires_grad_()
+    parameters = list(layer.parameters())
+    saved, out = saved_storages(lambda: layer(stream, branch, tables, None, None), parameters)
+    unit = 256 * hidden * 2
+    print(table(saved, unit, f"\n{shape}, save={save}"))
+    tables_of_all_layers = sum(t.numel() * 4 for t in tables)
+    assert (sum(s.bytes for s in saved) - tables_of_all_layers) / unit <= most
+    torch.autograd.backward(out, [torch.randn_like(t) for t in out])
+    assert all(p.grad.isfinite().all() for p in parameters)
 
 
 def test_compiled_layer_saves_no_more(device):

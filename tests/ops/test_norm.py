@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_columns, rms_norm_quantize
 from eightfold.ops.quant import quantize
 from eightfold.reference import norm as reference
 from fused_bytes import check_layout, close_cast, same_bytes, same_cast
@@ -68,6 +68,41 @@ def test_fused_is_unfused_to_the_byte(shape, dtype, device):
     for name in ("rows", "cols", "input"):
         same_cast(getattr(fused, name), getattr(alone, name))
     same_bytes(fused.rstd, alone.rstd)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_columns_from_codes_are_the_reference_to_the_byte(shape, dtype, device):
+    x, w = data(*shape, dtype, device)
+    saved = rms_norm_quantize(x, w, EPS, training=True)
+    for weight in (w, w.bfloat16()):
+        args = (saved.input.codes, saved.input.scales, saved.rstd, weight, dtype)
+        out, want = ops.rms_norm_columns(*args), reference.rms_norm_columns(*args)
+        for a, b in zip(out, want, strict=True):
+            same_bytes(a, b)
+        check_layout(*out, (128, 1))
+    if x.numel():
+        again = rms_norm_columns(saved.input, saved.rstd, w, dtype).dequantize(torch.float32).double()
+        once = saved.cols.dequantize(torch.float32).double()
+        assert 1e-4 < (again - once).norm() / once.norm() < 0.045  # two roundings of 2.6 % beside one
+
+
+def test_columns_of_a_bad_row_are_marked(device):
+    x, w = data(130, 256, torch.bfloat16, device, outliers=False)
+    x[129, 3] = float("nan")
+    saved = rms_norm_quantize(x, w, EPS, training=True)
+    assert rms_norm_columns(saved.input, saved.rstd, w).scales.isnan()[1].all()
+    assert rms_norm_columns(saved.input, saved.rstd, w).scales[0].isfinite().all()
+    with pytest.raises(ValueError, match=r"rms_norm_columns: x.group must be \(1, 128\)"):
+        rms_norm_columns(saved.cols, saved.rstd, w)
+    for args, message in (
+        ((saved.input.codes, saved.input.scales, saved.rstd[1:], w, torch.bfloat16), r"rstd must have shape \[130\]"),
+        ((saved.input.codes, saved.input.scales, saved.rstd, w[1:], torch.bfloat16), r"weight must have shape \[256\]"),
+        ((saved.input.codes, saved.input.scales, saved.rstd, w, torch.half), "dtype must be bfloat16 or float32"),
+        ((x, saved.input.scales, saved.rstd, w, torch.half), "x_codes must be float8_e4m3fn, got bfloat16"),
+    ):
+        with pytest.raises(RuntimeError, match="rms_norm_columns: " + message):
+            ops.rms_norm_columns(*args)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -281,6 +316,7 @@ def _calls(device):
     for training in (True, False):
         yield ops.rms_norm_quantize, (x, w, EPS, training)
         yield ops.add_rms_norm_quantize, (x, x, w, EPS, training)
+    yield ops.rms_norm_columns, (codes, scales, q[6], w, torch.bfloat16)
     yield ops.rms_norm_backward, (x, codes, scales, q[6], w, x)
     yield ops.rms_norm_backward, (x, x, None, q[6], w, None)
 

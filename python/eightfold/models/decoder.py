@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from eightfold.models.attention import KVCache, attention_bias, causal_attention, document_segments
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_loss
-from eightfold.models.precision import Precision, strategy
+from eightfold.models.precision import Precision, Save, strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables
 from eightfold.ops import rotary
 
@@ -91,13 +91,21 @@ class Decoder(nn.Module):
     `precision` says how linears, norms and SwiGLU compute and what they save for the backward: "fp32", "bf16", or "fp8"
     (FP8 products; inputs of linears, norms and SwiGLU saved in FP8). Parameters keep the dtype they are given (fp32
     when built here); embedding lookup, attention and head compute in bf16 for "bf16" and "fp8".
-    `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations.
+    `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations. `save="input"`
+    keeps a byte less for each element of the stream in "fp8", at some precision of the gradients of q, k and v's
+    weights (`nn.functional.fp8_norm_linears`).
     """
 
-    def __init__(self, config: DecoderConfig, precision: Precision = "bf16", checkpoint_layers: bool = False):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        precision: Precision = "bf16",
+        checkpoint_layers: bool = False,
+        save: Save = "columns",
+    ):
         super().__init__()
         self.config, self.precision, self.checkpoint_layers = config, precision, checkpoint_layers
-        self.compute = strategy(precision)
+        self.compute = strategy(precision, save)
         self.model = Trunk(config, self.compute)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: model.to(dtype) must not round it.

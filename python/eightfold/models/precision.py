@@ -19,6 +19,7 @@ from eightfold.nn import WeightCache
 from eightfold.nn import functional as fused
 
 Precision = Literal["fp32", "bf16", "fp8"]
+Save = Literal["columns", "input"]
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -128,8 +129,9 @@ class BF16(FP32):
 
 
 class FP8(BF16):
-    def __init__(self):
+    def __init__(self, save: Save = "columns"):
         super().__init__()
+        self.save = save
         self._caches: dict[nn.Linear, WeightCache] | None = None
 
     def _cache(self, layer):
@@ -146,7 +148,9 @@ class FP8(BF16):
 
     def norm_linears(self, x, norm, layers, residual=None):
         weights, biases, caches = zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
-        stream, out = fused.fp8_norm_linears(x, norm.weight, norm.eps, weights, biases, residual, caches=caches)
+        stream, out = fused.fp8_norm_linears(
+            x, norm.weight, norm.eps, weights, biases, residual, self.save, caches=caches
+        )
         return x if stream is None else stream, out
 
     def norm_mlp(self, x, norm, mlp, residual=None):
@@ -170,8 +174,10 @@ class FP8(BF16):
 STRATEGIES = {"fp32": FP32, "bf16": BF16, "fp8": FP8}
 
 
-def strategy(precision: Precision) -> FP32:
-    """The strategy object of a precision name."""
+def strategy(precision: Precision, save: Save = "columns") -> FP32:
+    """The strategy object of a precision name; ``save`` is that of `nn.functional.fp8_norm_linears`, for FP8."""
     if precision not in STRATEGIES:
         raise ValueError(f"precision: expected one of {', '.join(STRATEGIES)}, got {precision!r}")
-    return STRATEGIES[precision]()
+    if save not in ("columns", "input"):
+        raise ValueError(f"save: expected 'columns' or 'input', got {save!r}")
+    return FP8(save) if precision == "fp8" else STRATEGIES[precision]()

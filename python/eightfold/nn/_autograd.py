@@ -82,11 +82,11 @@ class RMSNorm(torch.autograd.Function):
 
 class NormLinears(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, eps, caches, *weights_and_biases):
+    def forward(ctx, x, residual, norm_weight, eps, save_columns, caches, *weights_and_biases):
         n = len(caches)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         total, rows, columns, normed = norm_forward(x, residual, norm_weight, eps, True)
-        if not any(ctx.needs_input_grad[5 : 5 + n]):
+        if not save_columns or not any(ctx.needs_input_grad[6 : 6 + n]):
             columns = None, None
         ctx.save_for_backward(norm_weight, *normed, *columns, *weights)
         ctx.caches, ctx.has_residual = caches, residual is not None
@@ -102,16 +102,19 @@ class NormLinears(torch.autograd.Function):
         dsum, grads = (grads[0], grads[1:]) if ctx.has_residual else (None, grads)
         n = len(weights)
         needs = ctx.needs_input_grad
-        needs_weights, needs_biases = needs[5 : 5 + n], needs[5 + n :]
+        needs_weights, needs_biases = needs[6 : 6 + n], needs[6 + n :]
         dys = [p.flat(dy) for dy in grads]
         gradients = p.output_gradients(dys, weights, needs_weights)
         dx = dnorm = None
         if any(needs[:3]):
             dnormed = p.input_gradient(gradients, weights, ctx.caches, dys[0].dtype)
             dx, dnorm = _norm_backward(dnormed, codes, scales, rstd, norm_weight, dsum, grads[0].shape[:-1])
-        dweights = p.weight_gradients(gradients, (col_codes, col_scales), weights, needs_weights)
+        columns = col_codes, col_scales
+        if col_codes is None and any(needs_weights):
+            columns = p.norm_columns(codes, scales, rstd, norm_weight, dys[0].dtype)
+        dweights = p.weight_gradients(gradients, columns, weights, needs_weights)
         dbiases = [p.bias_gradient(dys[i], ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
-        return dx, dx if ctx.has_residual else None, dnorm, None, None, *dweights, *dbiases
+        return dx, dx if ctx.has_residual else None, dnorm, None, None, None, *dweights, *dbiases
 
 
 class SwiGLU(torch.autograd.Function):

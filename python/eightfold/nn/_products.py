@@ -266,5 +266,24 @@ def _(dy_codes, dy_scales, x, dtype):
     return x.new_empty(dy_codes.shape[1], x.shape[-1], dtype=dtype)
 
 
+def norm_columns(codes: Tensor, scales: Tensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype) -> Codes:
+    """Column codes of a norm's output, from the codes of its input."""
+    make = _compiled_norm_columns if torch.compiler.is_compiling() else ops.rms_norm_columns
+    col_codes, col_scales = make(codes, scales, rstd, weight, dtype)
+    return col_codes, col_scales
+
+
+@torch.library.custom_op("eightfold_nn::norm_columns", mutates_args=())
+def _compiled_norm_columns(
+    codes: Tensor, scales: Tensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    return ops.rms_norm_columns(codes, scales, rstd, weight, dtype)
+
+
+@_compiled_norm_columns.register_fake
+def _(codes, scales, rstd, weight, dtype):
+    return ops.rms_norm_columns(codes, scales, rstd, weight, dtype)
+
+
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
     return dy.sum(0, dtype=torch.float32).to(dtype)

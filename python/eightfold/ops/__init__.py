@@ -4,7 +4,13 @@ from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
 from eightfold.ops.loss import cross_entropy
-from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.ops.norm import (
+    add_rms_norm_quantize,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_columns,
+    rms_norm_quantize,
+)
 from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import (
     QuantizedTensor,
@@ -37,6 +43,7 @@ __all__ = [
     "requantize",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_columns",
     "rms_norm_quantize",
     "rotary",
     "swiglu_backward_quantize",

@@ -58,6 +58,26 @@ def add_rms_norm_quantize(
     return total, _casts(out, training)
 
 
+def rms_norm_columns(
+    x: QuantizedTensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> QuantizedTensor:
+    """The norm's output in groups (128, 1) again, from its input as the forward pass saved it.
+
+    For who would rather not save ``NormCasts.cols``: a byte an element less, for a second rounding to E4M3 of what the
+    weight gradient reads.
+
+    Args:
+        x: the norm's input in groups (1, 128), rstd: float32 [tokens]; both as the fused ops saved them.
+        weight: bfloat16 or float32 [features].
+        dtype: of the norm's output: torch.bfloat16 or torch.float32.
+
+    Raises ValueError for another group, RuntimeError for other dtypes, shapes or layouts.
+    """
+    if tuple(x.group) != ROWS:
+        raise ValueError(f"rms_norm_columns: x.group must be {ROWS}, got {tuple(x.group)}")
+    return QuantizedTensor(*_ops.rms_norm_columns(x.codes, x.scales, rstd, weight, dtype), COLS)
+
+
 def rms_norm_backward(
     dy: Tensor, x: Tensor | QuantizedTensor, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -112,6 +132,11 @@ def _(x, residual, weight, eps, training):
     rstd = x.new_empty(x.shape[0] if training else 0, dtype=torch.float32)
     casts = *_empty_cast(x, ROWS), *_empty_cast(x, COLS, training), *_empty_cast(x, ROWS, training)
     return x.new_empty(x.shape), *casts, rstd
+
+
+@torch.library.register_fake("eightfold::rms_norm_columns")
+def _(x_codes, x_scales, rstd, weight, dtype):
+    return _empty_cast(x_codes, COLS)
 
 
 @torch.library.register_fake("eightfold::rms_norm_backward")

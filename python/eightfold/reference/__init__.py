@@ -6,7 +6,13 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.reference.loss import cross_entropy
-from eightfold.reference.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_quantize
+from eightfold.reference.norm import (
+    add_rms_norm_quantize,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_columns,
+    rms_norm_quantize,
+)
 from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
 from eightfold.reference.quant import (
     dequantize,
@@ -35,6 +41,7 @@ __all__ = [
     "requantize",
     "rms_norm",
     "rms_norm_backward",
+    "rms_norm_columns",
     "rms_norm_quantize",
     "rotary",
     "swiglu_backward_quantize",

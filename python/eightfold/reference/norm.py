@@ -45,6 +45,14 @@ def add_rms_norm_quantize(
     return total, *rms_norm_quantize(total, weight, eps, training)
 
 
+def rms_norm_columns(
+    x_codes: Tensor, x_scales: Tensor, rstd: Tensor, weight: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(col_codes, col_scales) of y, rounded to ``dtype``, from the (1, 128) codes of its input."""
+    values = dequantize(x_codes, x_scales, [1, 128], torch.float32)
+    return quantize((values * rstd[:, None] * weight.float()).to(dtype), [128, 1])
+
+
 def rms_norm_backward(
     dy: Tensor, x: Tensor, x_scales: Tensor | None, rstd: Tensor, weight: Tensor, residual_grad: Tensor | None
 ) -> tuple[Tensor, Tensor]:
