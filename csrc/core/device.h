@@ -4,6 +4,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <mutex>
 
 #include "core/cuda_check.h"
 
@@ -27,13 +28,16 @@ inline int multiprocessors(int device) {
   return count;
 }
 
-// Lets launches of `kernel` ask for `bytes` of dynamic shared memory; asked of the driver once for each device and kernel.
+// Lets launches of `kernel` ask for `bytes` of dynamic shared memory; the driver is asked once for each device, kernel and larger size.
 template <auto kernel>
 void allow_shared_memory(int bytes, int device, const char* doing) {
-  static std::atomic<bool> allowed[kMaxDevices];
-  if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed)) return;
+  static std::atomic<int> allowed[kMaxDevices];
+  static std::mutex asking;  // so that a larger size is never followed by a smaller one
+  if (device < kMaxDevices && allowed[device].load(std::memory_order_acquire) >= bytes) return;
+  std::lock_guard<std::mutex> lock(asking);
+  if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), doing);
-  if (device < kMaxDevices) allowed[device].store(true, std::memory_order_relaxed);
+  if (device < kMaxDevices) allowed[device].store(bytes, std::memory_order_release);
 }
 
 }  // namespace eightfold

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "core/cuda_check.h"
+#include "core/recent.h"
 
 namespace eightfold {
 
@@ -23,7 +24,7 @@ struct TensorMap2d {
   CUtensorMapL2promotion l2_promotion;  // how much of a line the cache fetches
 };
 
-inline CUtensorMap encode_tensor_map(const TensorMap2d& t) {
+inline CUtensorMap encode_tensor_map_now(const TensorMap2d& t) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -52,6 +53,16 @@ inline CUtensorMap encode_tensor_map(const TensorMap2d& t) {
                              " bytes, address % 16 = " + std::to_string(reinterpret_cast<uintptr_t>(t.base) % 16));
   }
   return map;
+}
+
+// A map is a function of these arguments alone, whatever has become of the memory since, and a step brings the same ones again.
+inline CUtensorMap encode_tensor_map(const TensorMap2d& t) {
+  static thread_local Recent<6, CUtensorMap, 256> recent;
+  const auto word = [](auto value) { return static_cast<uint64_t>(value); };
+  const uint64_t options = word(t.type) | word(t.element_bytes) << 16 | word(t.swizzle) << 32 | word(t.l2_promotion) << 48;
+  return recent.get({reinterpret_cast<uintptr_t>(t.base), word(t.inner), word(t.outer), word(t.stride_bytes),
+                     word(t.box_inner) << 32 | t.box_outer, options},
+                    [&] { return encode_tensor_map_now(t); });
 }
 
 }  // namespace eightfold

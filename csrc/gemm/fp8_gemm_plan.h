@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 
+#include "core/recent.h"
 #include "gemm/fp8_gemm_small.h"
 
 namespace eightfold {
@@ -43,7 +44,7 @@ inline int64_t fp8_gemm_tiles_clocks(int rows, int columns, int64_t waves, int64
   return waves * (steps * (chain > loads ? chain : loads) + 1000 + outputs / 16);
 }
 
-inline Fp8GemmPlan fp8_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
+inline Fp8GemmPlan fp8_gemm_plan_now(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
   if (fp8_gemm_small_takes(m, b_group_rows)) {
     const Fp8GemmSmallPlan p = fp8_gemm_small_plan(m, n, k, sm_count);
     return {Fp8GemmKernel::small, 64, p.width, p.halves, p.tiles, p.halves * p.tiles, p.grid, false};
@@ -75,6 +76,14 @@ inline Fp8GemmPlan fp8_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_ro
              fp8_gemm_tiles_clocks(shape[0], shape[1], fp8_gemm_tiles(tiles, sm_count), steps, column_scales));
   }
   return best;
+}
+
+// Some fifty divisions, and the same few shapes in every step.
+inline Fp8GemmPlan fp8_gemm_plan(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
+  static thread_local Recent<4, Fp8GemmPlan, 64> recent;
+  const uint64_t machine = static_cast<uint64_t>(sm_count) << 32 | static_cast<uint32_t>(b_group_rows);
+  return recent.get({static_cast<uint64_t>(m), static_cast<uint64_t>(n), static_cast<uint64_t>(k), machine},
+                    [&] { return fp8_gemm_plan_now(m, n, k, b_group_rows, sm_count); });
 }
 
 }  // namespace eightfold

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "core/recent.h"
+
 namespace eightfold {
 
 constexpr int64_t kFp8GemmSmallRows = 128;
@@ -23,7 +25,7 @@ constexpr bool fp8_gemm_small_takes(int64_t m, int b_group_rows) { return m <= k
 // Two blocks that share a tile load half of it each, in swizzle atoms of 8 rows; 80 and 112 are twice 40 and 56.
 constexpr bool fp8_gemm_small_allowed(int width, int64_t m) { return m > 64 ? width % 16 == 0 : width != 80 && width != 112; }
 
-inline Fp8GemmSmallPlan fp8_gemm_small_plan(int64_t m, int64_t n, int64_t k, int sm_count) {
+inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k, int sm_count) {
   Fp8GemmSmallPlan best{};
   int64_t best_clocks = 0;
   // Clusters of two where loading a counts. Of four, an H100 holds fewer than 32 at once: a second wave doubles the time.
@@ -48,6 +50,12 @@ inline Fp8GemmSmallPlan fp8_gemm_small_plan(int64_t m, int64_t n, int64_t k, int
     best_clocks = clocks;
   }
   return best;
+}
+
+inline Fp8GemmSmallPlan fp8_gemm_small_plan(int64_t m, int64_t n, int64_t k, int sm_count) {
+  static thread_local Recent<4, Fp8GemmSmallPlan, 64> recent;
+  return recent.get({static_cast<uint64_t>(m), static_cast<uint64_t>(n), static_cast<uint64_t>(k), static_cast<uint64_t>(sm_count)},
+                    [&] { return fp8_gemm_small_plan_now(m, n, k, sm_count); });
 }
 
 }  // namespace eightfold

@@ -6,6 +6,7 @@
 
 #include "core/barrier.cuh"
 #include "core/dependent_launch.cuh"
+#include "core/device.h"
 #include "core/tma_stream.cuh"
 #include "quant/norm.h"
 #include "quant/row_cast.cuh"
@@ -276,9 +277,9 @@ __global__ void __launch_bounds__(32 * kSlices) fold_dweight_kernel(const float*
 
 template <class T, class X, int kOctets, bool kVector>
 void launch_backward(const RmsNormBackward& op, const BackwardPlan& plan, cudaStream_t stream) {
-  const auto kernel = norm_backward_kernel<T, X, kOctets, kVector>;
+  constexpr auto kernel = norm_backward_kernel<T, X, kOctets, kVector>;
   const int bytes = kVector ? static_cast<int>(plan.stages * plan.stage_bytes) : 0;
-  cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (bytes > 0) allow_shared_memory<kernel>(bytes, current_device(), "rms_norm_backward: reserving shared memory");
   kernel<<<plan.blocks, plan.threads, bytes, stream>>>(op, plan);
   check_launch("norm_backward_kernel");
 }

@@ -1,3 +1,4 @@
+#include "core/device.h"
 #include "core/math.h"
 #include "quant/row_cast.cuh"
 #include "quant/swiglu.h"
@@ -176,7 +177,7 @@ void backward_typed(const SwigluBackward& op, cudaStream_t stream) {
   const BackwardOutputs to = {tile_output(op.dgate_rows, op.dgate_cols), tile_output(op.dup_rows, op.dup_cols), tile_output({}, op.h_cols)};
   const int64_t tiles = (op.rows + kTile - 1) / kTile * ((op.cols + kTile - 1) / kTile);
   constexpr int kBytes = sizeof(BackwardShared<T>);
-  cudaFuncSetAttribute(swiglu_backward_kernel<T, kWrites>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  allow_shared_memory<swiglu_backward_kernel<T, kWrites>>(kBytes, current_device(), "swiglu_backward_quantize: reserving shared memory");
   swiglu_backward_kernel<T, kWrites><<<static_cast<unsigned>(tiles), tile_threads(kBand), kBytes, stream>>>(source, to, vector);
   check_launch("swiglu_backward_kernel");
 }

@@ -1,5 +1,8 @@
 """The plan that the Hopper kernel takes for a shape: printable, a function of the shape alone, and covering it."""
 
+import random
+import threading
+
 import pytest
 
 from eightfold.ops import gemm_plan
@@ -27,6 +30,25 @@ def test_kernels():
 
 def test_plan_is_deterministic():
     assert gemm_plan(8192, 4096, 11008, sm_count=132) == gemm_plan(8192, 4096, 11008, sm_count=132)
+
+
+def test_plans_are_kept_apart():
+    """Plans of the shapes seen last are kept, by thread: any order of many shapes gives what each gives on its own."""
+    random.seed(0)
+    shapes = [tuple(random.choice((1, 48, 129, 576, 4096, 11008)) for _ in range(3)) for _ in range(300)]
+    calls = [(shape, rows, sms) for shape in shapes for rows in (1, 128) for sms in (66, 132)]
+
+    def plans(calls):
+        return {call: gemm_plan(*call[0], b_group_rows=call[1], sm_count=call[2]) for call in calls}
+
+    wanted = {}
+    for call in set(calls):  # each in a thread of its own, which has seen nothing
+        thread = threading.Thread(target=lambda call=call: wanted.update(plans([call])))
+        thread.start()
+        thread.join()
+    for _ in range(2):
+        random.shuffle(calls)
+        assert plans(calls) == wanted
 
 
 def test_the_device_decides_the_grid():

@@ -7,21 +7,22 @@ and row of ``b`` only, to the last bit: not on the number of rows, on the rows a
 import torch
 from torch import Tensor
 
-from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
+from eightfold.ops import _library
 from eightfold.ops.quant import QuantizedTensor
 
 _ops = torch.ops.eightfold
+_fp8_gemm = _library.direct("fp8_gemm")
 
 
 def product(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16) -> Tensor:
     """torch.ops.eightfold.fp8_gemm without arguments at their defaults: each that is no tensor costs 0.5 us a call."""
     if b_group_rows == 128 and out_dtype is torch.bfloat16:
         if bias is None:
-            return _ops.fp8_gemm(a, a_scales, b, b_scales)
-        return _ops.fp8_gemm(a, a_scales, b, b_scales, 128, bias)
+            return _fp8_gemm(a, a_scales, b, b_scales)
+        return _fp8_gemm(a, a_scales, b, b_scales, 128, bias)
     if bias is None and out_dtype is torch.bfloat16:
-        return _ops.fp8_gemm(a, a_scales, b, b_scales, b_group_rows)
-    return _ops.fp8_gemm(a, a_scales, b, b_scales, b_group_rows, bias, out_dtype)
+        return _fp8_gemm(a, a_scales, b, b_scales, b_group_rows)
+    return _fp8_gemm(a, a_scales, b, b_scales, b_group_rows, bias, out_dtype)
 
 
 def _check_groups(op: str, a: QuantizedTensor, b: QuantizedTensor) -> None:

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.ops import _library, layouts  # noqa: F401  (loads torch.ops.eightfold)
+from eightfold.ops import _library, layouts
 
 _ops = torch.ops.eightfold
+_quantize, _quantize_both = _library.direct("quantize"), _library.direct("quantize_both")
 
 Group = tuple[int, int]
 
@@ -57,13 +58,14 @@ def quantize(x: Tensor, group: Group, power_of_two: bool = False) -> QuantizedTe
     A group that holds a NaN or an Inf gets a NaN scale and NaN codes. Raises RuntimeError for another dtype, rank,
     layout or group.
     """
-    codes, scales = _ops.quantize(x, list(group), power_of_two)
+    group = list(group)
+    codes, scales = _quantize(x, group, True) if power_of_two else _quantize(x, group)
     return QuantizedTensor(codes, scales, (group[0], group[1]))
 
 
 def quantize_both(x: Tensor, power_of_two: bool = False) -> tuple[QuantizedTensor, QuantizedTensor]:
     """``quantize`` in groups (1, 128) and (128, 1) from one read of ``x``: a gradient's operands of dgrad and wgrad."""
-    codes, scales, col_codes, col_scales = _ops.quantize_both(x, power_of_two)
+    codes, scales, col_codes, col_scales = _quantize_both(x, True) if power_of_two else _quantize_both(x)
     return QuantizedTensor(codes, scales, (1, 128)), QuantizedTensor(col_codes, col_scales, (128, 1))
 
 
