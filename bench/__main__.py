@@ -1,7 +1,8 @@
-"""`python -m bench [family ...] [--device cpu|cuda] [--results DIR]`."""
+"""`python -m bench [family ...] [--device cpu|cuda] [--results DIR]`; of `step` also its parts, by name."""
 
 import argparse
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 
 from . import FAMILIES, LONG
@@ -17,13 +18,35 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="also write JSON lines under this folder")
     parser.add_argument("--commit", help="what the results are of, where there is no git checkout")
     options = parser.parse_args(arguments)
-    unknown = set(options.families) - {*FAMILIES, *LONG}
-    if unknown:
-        parser.error(f"unknown family {', '.join(sorted(unknown))}; known: {', '.join(FAMILIES + LONG)}")
-    for family in options.families or FAMILIES:
+    steps = set(options.families) - set(FAMILIES)
+    runs = {name: _runner(name) for name in FAMILIES}
+    if steps:
+        parts = _parts(options.device)
+        unknown = steps - {*LONG, *parts}
+        if unknown:
+            known = ", ".join(FAMILIES + LONG)
+            parser.error(
+                f"unknown family {', '.join(sorted(unknown))}; known: {known}; parts of step: {', '.join(parts)}"
+            )
+        runs |= {
+            name: run for name, run in parts.items() if name in steps or ("step" in steps and "-variants" not in name)
+        }
+    for name in [name for name in runs if name in options.families or name not in FAMILIES] or FAMILIES:
         bench = Bench(options.device)
-        importlib.import_module(f"{__package__}.{family}").run(bench)
-        bench.report(family, options.results, options.commit)
+        runs[name](bench)
+        bench.report(name if name in FAMILIES else f"step-{name}", options.results, options.commit)
+
+
+def _runner(family: str) -> Callable[[Bench], None]:
+    return lambda bench: importlib.import_module(f"{__package__}.{family}").run(bench)
+
+
+def _parts(device: str | None) -> dict[str, Callable[[Bench], None]]:
+    import torch
+
+    from . import step
+
+    return step.parts((device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda")
 
 
 if __name__ == "__main__":

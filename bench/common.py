@@ -62,6 +62,7 @@ class Bench:
         )
         self.copy_gbps, self.matmul_tflops = self._ceilings()
         self.lines: list[Line] = []
+        self.notes: list[dict[str, dict]] = []
 
     def _ceilings(self) -> tuple[float, float]:
         cuda = self.device.type == "cuda"
@@ -151,6 +152,13 @@ class Bench:
             f"  {peer:28s} error {line.error:.1e}"
         )
 
+    def note(self, kind: str, *, name: str, **facts) -> None:
+        """A record that is no line: of kind "step" (``runs``: what each took and kept) or "profile"."""
+        self.notes.append({kind: {"name": name, **facts}})
+        for run, figures in facts.get("runs", {}).items():
+            known = ", ".join(f"{key} {_figure(value)}" for key, value in figures.items() if value is not None)
+            print(f"  {name:26s} {run:34s} {known}", flush=True)
+
     def report(self, family: str, results: Path | None, commit: str | None = None) -> None:
         """Prints the ceilings and, where ``results`` is given, writes results/<device>/<family>.jsonl."""
         name = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
@@ -171,7 +179,7 @@ class Bench:
         path = results / name.lower().replace(" ", "-") / f"{family}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as out:
-            for record in ({"machine": machine}, *({"line": asdict(line)} for line in self.lines)):
+            for record in ({"machine": machine}, *({"line": asdict(line)} for line in self.lines), *self.notes):
                 out.write(json.dumps(record) + "\n")
         print(f"written: {path}")
 
@@ -183,6 +191,10 @@ def _by_peer(lines: list[Line]) -> dict[tuple[str, str], list[float]]:
         for peer, us in line.peers_us.items():
             ratios.setdefault((line.op, peer), []).append(us / line.us)
     return ratios
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.2f}"
 
 
 def flop_rate(tflops: float) -> str:

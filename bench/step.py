@@ -1,14 +1,19 @@
-"""The training step: one layer of two 7B models forward and backward, and whole steps of a 1.1B and a 3B model.
+"""The training step: one layer of two 7B models forward and backward, whole steps of 1.1B, 3B and 7B models.
+
+`python -m bench step` runs the parts that take part in the comparison, `python -m bench step 1.1B 7B` those named.
 
 Ours is models.Decoder in FP8 (and optim.AdamW); peers are the same layer and model in plain torch (bench/plain.py)
 under torch.compile, in bf16 and through torchao's float8 training. U = tokens * hidden * 2 bytes.
 """
 
+import contextlib
 import copy
+import gc
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -27,27 +32,42 @@ def _config(kind: str, hidden: int, heads: int, kv_heads: int, inter: int, layer
     return DecoderConfig(kind, vocab, hidden, inter, layers, heads, kv_heads, hidden // heads, rms_norm_eps=1e-5)
 
 
+# The last: what ours keeps for q, k and v's weight gradients (functional.fp8_norm_linears).
 LAYERS = {
-    "llama-2-7b": (_config("llama", 4096, 32, 32, 11008), 4, 2048),
-    "qwen2.5-7b": (_config("qwen2", 3584, 28, 4, 18944), 4, 2048),
+    "llama-2-7b": (_config("llama", 4096, 32, 32, 11008), 4, 2048, "columns"),
+    "qwen2.5-7b": (_config("qwen2", 3584, 28, 4, 18944), 4, 2048, "input"),
 }
 CPU_LAYERS = {
-    "llama small": (_config("llama", 256, 4, 4, 512), 1, 64),
-    "qwen2 small": (_config("qwen2", 256, 4, 2, 768), 1, 64),
+    "llama-small": (_config("llama", 256, 4, 4, 512), 1, 64, "columns"),
+    "qwen2-small": (_config("qwen2", 256, 4, 2, 768), 1, 64, "input"),
 }
 MODELS = {
     "1.1B": (_config("llama", 2048, 32, 4, 5632, 22), 8, 2048),
     "3B": (_config("llama", 3072, 24, 8, 8192, 28), 4, 2048),
 }
 CPU_MODELS = {"small": (_config("llama", 256, 4, 2, 512, 2, 1024), 1, 64)}
+_7B = _config("llama", 4096, 32, 32, 11008, 32)
+ALONE = {"7B": (_7B, 1, 2048), "7B-batch-4": (_7B, 4, 2048)}  # one card holds nothing beside it
+CPU_ALONE = {"alone": (_config("llama", 256, 4, 4, 512, 2, 1024), 1, 64)}
+Part = Callable[[Bench], None]
 
 
-def run(bench: Bench, peers: bool = True, graphs: bool = True) -> None:
-    cuda = bench.device.type == "cuda"
-    for name, (config, batch, tokens) in (LAYERS if cuda else CPU_LAYERS).items():
-        layers(bench, name, config, batch, tokens, peers, graphs and cuda)
+def parts(cuda: bool) -> dict[str, Part]:
+    """By name, in the order in which they run: minutes each on an H100, most of them spent compiling the peers."""
+    found: dict[str, Part] = {}
+    for name, (config, batch, tokens, save) in (LAYERS if cuda else CPU_LAYERS).items():
+        found[name] = partial(layers, name=name, config=config, batch=batch, tokens=tokens, save=save)
     for name, (config, batch, tokens) in (MODELS if cuda else CPU_MODELS).items():
-        models(bench, name, config, batch, tokens, peers)
+        shape = {"name": name, "config": config, "batch": batch, "tokens": tokens}
+        found[name] = partial(models, **shape, peers=("bf16 compiled + fused AdamW",))
+        found[f"{name}-fp32"] = partial(models, **shape, peers=("fp32 master + autocast, compiled",))
+    for name, (config, batch, tokens) in (ALONE if cuda else CPU_ALONE).items():
+        found[name] = partial(models, name=name, config=config, batch=batch, tokens=tokens, peers=())
+    for name, (config, batch, tokens, save) in (LAYERS if cuda else CPU_LAYERS).items():
+        found[f"{name}-variants"] = partial(
+            layers, name=name, config=config, batch=batch, tokens=tokens, save=save, variants=True
+        )
+    return found
 
 
 # ---- one layer ----
@@ -92,43 +112,48 @@ class LayerRun:
         return total
 
 
-def layers(bench: Bench, name: str, config, batch: int, tokens: int, peers: bool, graphs: bool) -> None:
+def layers(bench: Bench, *, name: str, config, batch: int, tokens: int, save: str, variants: bool = False) -> None:
+    """Ours beside bf16 and torchao; with ``variants`` ours compiled and in a CUDA graph beside ours."""
     device, hidden = bench.device, config.hidden_size
     torch.manual_seed(0)
     plain = PlainLayer(config).to(device, torch.bfloat16)
     tables = rotary_tables(inverse_frequencies(config).to(device), torch.arange(tokens, device=device)[None])
     x, grad = (torch.randn(batch, tokens, hidden, device=device, dtype=torch.bfloat16) for _ in range(2))
-    reference, ours = plain_run(plain, plain, tables, x, grad), our_run(config, plain, tables, x, grad)
-    runs = {"": ours}
-    if graphs:
-        runs |= _variant(", CUDA graph", lambda: our_run(config, plain, tables, x, grad, graph=True))
+    reference, ours = plain_run(plain, plain, tables, x, grad), our_run(config, plain, tables, x, grad, save)
     others = {}
-    if peers and device.type == "cuda":
+    if variants:
+        others |= _variant("ours compiled", lambda: our_run(config, plain, tables, x, grad, save, compile=True))
+        if device.type == "cuda":
+            others |= _variant(
+                "ours in a CUDA graph", lambda: our_run(config, plain, tables, x, grad, save, graph=True)
+            )
+    else:
         others["bf16 compiled"] = plain_run(torch.compile(plain, dynamic=False), plain, tables, x, grad)
         others |= _torchao_run(plain, tables, x, grad)
-        runs |= _variant(", compiled", lambda: our_run(config, plain, tables, x, grad, compile=True))
-    unit = batch * tokens * hidden * 2
     flop = 6 * batch * tokens * sum(p.numel() for p in plain.parameters() if p.ndim == 2)
     flop += 7 * batch * tokens**2 * config.num_attention_heads * config.head_dim  # causal attention: 2 + 5 products
-    for suffix, candidate in runs.items():
-        line = bench.add(
-            Case(
-                f"layer fwd+bwd{suffix}",
-                f"{name} {batch}x{tokens}",
-                ours=candidate.step,
-                error=lambda candidate=candidate: candidate.error(reference),
-                tolerance=0.12,
-                flop=flop,
-                peers={key: other.step for key, other in others.items()},
-            )
+    line = bench.add(
+        Case(
+            "layer fwd+bwd" + (" variants" if variants else ""),
+            f"{name} {batch}x{tokens}",
+            ours=ours.step,
+            error=lambda: ours.error(reference),
+            tolerance=0.12,
+            flop=flop,
+            peers={key: other.step for key, other in others.items()},
+            graph=False,
+            queue_cycles=20_000_000,  # 11 ms: more than the host's time for a layer
         )
-        for key, us in line.peers_us.items():
-            print(f"    {key}: {us / 1e3:.2f} ms, ours {us / line.us:.2f}x")
-    for key, candidate in {"ours": ours, "bf16 eager": reference, **others}.items():
+    )
+    unit = batch * tokens * hidden * 2
+    runs = {}
+    timed = {key: other for key, other in others.items() if key in line.peers_us}  # others could not run, and said so
+    for key, candidate in {"ours": ours, "bf16 eager": reference, **timed}.items():
+        us = line.us if key == "ours" else line.peers_us.get(key)
         saved, peak = candidate.saved_bytes(), _peak_bytes(candidate.step, device)
-        print(f"    {key}: saves {saved / unit:.1f} U ({saved / 1e6:.0f} MB), peak {peak / 1e6:.0f} MB")
-    if device.type == "cuda":
-        print(KernelTimes(ours.step).table(kernels=16))
+        runs[key] = {"ms": us / 1e3 if us else None, "saved_units": saved / unit, "peak_bytes": peak}
+    bench.note("step", name=f"layer of {name} {batch}x{tokens}", runs=runs)
+    _profile(bench, f"layer of {name} {batch}x{tokens}", ours.step)
 
 
 def _variant(name: str, make: Callable[[], LayerRun]) -> dict[str, LayerRun]:
@@ -137,7 +162,7 @@ def _variant(name: str, make: Callable[[], LayerRun]) -> dict[str, LayerRun]:
         made.step()
         return {name: made}
     except Exception as reason:
-        print(f"  ours{name} left out: {str(reason).splitlines()[0][:90]}")
+        print(f"  {name} left out: {str(reason).splitlines()[0][:90]}")
         return {}
 
 
@@ -146,10 +171,12 @@ def plain_run(call, layer: PlainLayer, tables, x, grad) -> LayerRun:
     return LayerRun(lambda: (call(leaf, *tables),), [leaf], _parameters(layer), (grad,))
 
 
-def our_run(config, plain: PlainLayer, tables, x, grad, compile: bool = False, graph: bool = False) -> LayerRun:
+def our_run(
+    config, plain: PlainLayer, tables, x, grad, save: str, compile: bool = False, graph: bool = False
+) -> LayerRun:
     """Our layer with the weights of `plain`. It takes and gives the stream and a branch not yet added to it: here half
     of x each, so that both adds of a layer are in it; the gradient goes to both outputs."""
-    layer = DecoderLayer(config, 0, strategy("fp8")).to(x.device, torch.bfloat16)
+    layer = DecoderLayer(config, 0, strategy("fp8", save)).to(x.device, torch.bfloat16)
     with torch.no_grad():
         for key, parameter in _parameters(layer).items():
             parameter.copy_(_parameters(plain)[key])
@@ -201,40 +228,64 @@ class ModelRun:
     state: int  # bytes of parameters, gradients and optimizer states
 
 
-def models(bench: Bench, name: str, config, batch: int, tokens: int, peers: bool) -> None:
+def models(bench: Bench, *, name: str, config, batch: int, tokens: int, peers: tuple[str, ...]) -> None:
+    """Whole steps, host and device: ours and each peer in turn, or, of what does not fit beside ours, its memory."""
     device = bench.device
     ids = torch.randint(config.vocab_size, (batch, tokens + 1), device=device)
     data = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    runs = {"ours": _built(lambda: _our_model(config, device, data), device)}
-    if peers and device.type == "cuda":
-        tables = rotary_tables(inverse_frequencies(config).to(device), torch.arange(tokens, device=device)[None])
-        fp32 = _built(lambda: _plain_model(config, device, data, tables, torch.float32), device)
-        print(f"  {name}: fp32 master + autocast compiled: peak {fp32.peak / 1e9:.1f} GB")
-        del fp32
-        torch.cuda.empty_cache()
-        runs["bf16 compiled + fused AdamW"] = _built(
-            lambda: _plain_model(config, device, data, tables, torch.bfloat16), device
-        )
-    times: dict[str, list[float]] = {key: [] for key in runs}
+    tables = rotary_tables(inverse_frequencies(config).to(device), torch.arange(tokens, device=device)[None])
+    runs: dict[str, dict] = {}
+    if peers == ("fp32 master + autocast, compiled",):
+        runs[peers[0]] = _alone(lambda: _plain_model(config, device, data, tables, torch.float32), device)
+        peers = ()
+    built = {"ours": _built(lambda: _our_model(config, device, data), device)}
+    for peer in peers:
+        try:
+            built[peer] = _built(lambda: _plain_model(config, device, data, tables, torch.bfloat16), device)
+        except Exception as reason:
+            print(f"  peer {peer} left out: {str(reason).splitlines()[0][:90]}")
+    times: dict[str, list[float]] = {key: [] for key in built}
     for _ in range(8 if device.type == "cuda" else 2):
-        for key, candidate in runs.items():
+        for key, candidate in built.items():
             times[key].append(_wall_seconds(candidate.step, device))
-    ours = statistics.median(times["ours"])
-    for key, candidate in runs.items():
+    for key, candidate in built.items():
         seconds = statistics.median(times[key])
-        print(
-            f"  step {name} {batch}x{tokens} {key:28s} {1e3 * seconds:8.1f} ms {batch * tokens / seconds:9.0f} tok/s "
-            f"(ours {seconds / ours:.2f}x), peak {candidate.peak / 1e9:.2f} GB (ours "
-            f"{runs['ours'].peak / candidate.peak:.2f} of it)",
-            flush=True,
-        )
-    if device.type == "cuda":
-        print(KernelTimes(runs["ours"].step, repeats=2).table(kernels=20))
+        runs[key] = {
+            "ms": 1e3 * seconds,
+            "host_ms": 1e3 * _host_seconds(candidate.step, device),
+            "tokens_per_second": batch * tokens / seconds,
+            "peak_bytes": candidate.peak,
+            "state_bytes": candidate.state,
+        }
+    bench.note("step", name=f"{name} {batch}x{tokens}", runs=runs)
+    if len(runs) == 1 or peers:
+        _profile(bench, f"{name} {batch}x{tokens}", built["ours"].step, runs["ours"]["ms"])
+
+
+def _alone(make: Callable[[], Callable], device) -> dict:
+    """Peak memory of a run that is gone afterwards; None where it does not fit."""
+    try:
+        run = _built(make, device)
+    except torch.OutOfMemoryError:
+        return {"peak_bytes": None, "does_not_fit": torch.cuda.get_device_properties(device).total_memory}
+    finally:
+        if device.type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
+    return {"peak_bytes": run.peak, "state_bytes": run.state}
+
+
+def _profile(bench: Bench, name: str, step: Callable[[], object], wall_ms: float | None = None) -> None:
+    if bench.device.type != "cuda":
+        return
+    times = KernelTimes(step, wall_ms)
+    print(times.table(kernels=16))
+    bench.note("profile", name=name, ms=dict(times.by_class), wall_ms=times.wall_ms, idle_share=times.idle_share)
 
 
 def _our_model(config, device, data) -> Callable[[], torch.Tensor]:
-    with device:
-        model = Decoder(config, "fp8").to(torch.bfloat16)
+    with device, _default_dtype(torch.bfloat16):
+        model = Decoder(config, "fp8")
     optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-4)
 
     def step():
@@ -248,8 +299,8 @@ def _our_model(config, device, data) -> Callable[[], torch.Tensor]:
 
 
 def _plain_model(config, device, data, tables, dtype) -> Callable[[], torch.Tensor]:
-    with device:
-        model = PlainModel(config).to(dtype)
+    with device, _default_dtype(dtype):
+        model = PlainModel(config)
     call = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
@@ -284,6 +335,25 @@ def _wall_seconds(step: Callable[[], object], device, steps: int = 2) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / steps
+
+
+def _host_seconds(step: Callable[[], object], device) -> float:
+    """Seconds until a step's call returns, the device being free. Below the step's own time, the host is ahead."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _allocated(device) -> int:

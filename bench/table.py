@@ -21,11 +21,13 @@ HEAD = "| op | shapes | rate | of ceiling | peer's time over ours | commit |\n|-
 
 @dataclass
 class Family:
-    """One file of results: the machine it names, and its lines."""
+    """One file of results: the machine it names, its lines, and its notes (`Bench.note`) of each kind."""
 
     name: str
     machine: dict
     lines: list[dict]
+    steps: list[dict]
+    profiles: list[dict]
 
 
 def read_family(path: Path) -> Family:
@@ -51,7 +53,8 @@ def read_family(path: Path) -> Family:
         missing = [key for key in keys if key not in record]
         if missing:
             raise ValueError(f"{path}: a {where} without {', '.join(missing)}")
-    return Family(path.stem, machine, lines)
+    notes = {kind: [record[kind] for record in records if kind in record] for kind in ("step", "profile")}
+    return Family(path.stem, machine, lines, notes["step"], notes["profile"])
 
 
 def read_results(folder: Path) -> dict[str, list[Family]]:
@@ -67,12 +70,16 @@ def read_results(folder: Path) -> dict[str, list[Family]]:
 
 
 def _place(name: str, known: list[str]) -> int:
+    name = name if name in known else name.partition("-")[0]  # a part: step-1.1B
     return known.index(name) if name in known else len(known)
 
 
 def table(results: dict[str, list[Family]]) -> str:
     """The text between the markers."""
-    return "\n\n".join(f"{_about(device, families)}\n\n{_rows(families)}" for device, families in results.items())
+    sections = []
+    for device, families in results.items():
+        sections += [_about(device, families), _rows(families), _step_rows(families), _profile_rows(families)]
+    return "\n\n".join(section for section in sections if section)
 
 
 def _about(device: str, families: list[Family]) -> str:
@@ -109,6 +116,60 @@ def _rows(families: list[Family]) -> str:
             groups.setdefault((op, bool(line["gbps"])), []).append(line)
         commit = family.machine["commit"] or "unknown"
         rows += [_row(op, by_bytes, lines, commit) for (op, by_bytes), lines in groups.items()]
+    return "\n".join(rows)
+
+
+def _step_rows(families: list[Family]) -> str:
+    """What a layer or a whole step took and kept, ours and each peer."""
+    rows = []
+    for family in families:
+        for step in family.steps:
+            ours = step["runs"].get("ours", {})
+            for name, run in step["runs"].items():
+                times = _ratio(run.get("ms"), ours.get("ms"), "{:,.1f} ms", name)
+                tokens = f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else ""
+                cells = [
+                    step["name"],
+                    name,
+                    times,
+                    tokens,
+                    _memory(run, ours, name),
+                    family.machine["commit"] or "unknown",
+                ]
+                rows.append(f"| {' | '.join(cells)} |")
+    head = "| training | run | time | tokens/s | memory | commit |\n|---|---|--:|--:|---|---|"
+    return "\n".join([head, *rows]) if rows else ""
+
+
+def _memory(run: dict, ours: dict, name: str) -> str:
+    if run.get("does_not_fit"):
+        return f"does not fit in {run['does_not_fit'] / 1e9:.0f} GB"
+    text = [_ratio(run.get("peak_bytes", 0) / 1e9, ours.get("peak_bytes", 0) / 1e9, "peak {:,.2f} GB", name)]
+    if run.get("saved_units"):
+        text.append(f"saves {run['saved_units']:.1f} U")
+    return ", ".join(text)
+
+
+def _ratio(value: float | None, ours: float | None, form: str, name: str) -> str:
+    """The figure and, of a peer, how many times ours it is."""
+    if not value:
+        return ""
+    return form.format(value) + (f" ({value / ours:.2f}x ours)" if ours and name != "ours" else "")
+
+
+def _profile_rows(families: list[Family]) -> str:
+    """Where the time of our steps goes."""
+    profiles = [profile for family in families for profile in family.profiles]
+    if not profiles:
+        return ""
+    classes = sorted(
+        {name for p in profiles for name in p["ms"]}, key=lambda c: -sum(p["ms"].get(c, 0) for p in profiles)
+    )
+    rows = [f"| our step, ms | {' | '.join(classes)} | idle | all |", "|---|" + "--:|" * (len(classes) + 2)]
+    for p in profiles:
+        times = [f"{p['ms'].get(name, 0):,.2f}" for name in classes]
+        idle = f"{p['idle_share'] * p['wall_ms']:,.2f} ({100 * p['idle_share']:.0f} %)"
+        rows.append(f"| {p['name']} | {' | '.join(times)} | {idle} | {p['wall_ms']:,.2f} |")
     return "\n".join(rows)
 
 

@@ -2,12 +2,9 @@
 
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
 MACHINE = {
     "device": "A GPU",
     "versions": {"torch": "2.11", "x": "1"},
@@ -18,16 +15,9 @@ MACHINE = {
 LINE = {"op": "cast both", "shape": "1x2", "us": 2.0, "tflops": None, "gbps": 1500.0, "share_of_ceiling": 0.5}
 
 
-@pytest.fixture(scope="module")
-def table():
-    """bench.table of this tree: `bench` is no installed package."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from bench import table
-    finally:
-        sys.path.remove(str(ROOT))
-    assert Path(table.__file__).is_relative_to(ROOT)
-    return table
+@pytest.fixture
+def table(bench):
+    return bench.table
 
 
 @pytest.fixture
@@ -75,6 +65,28 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
     assert (tree / "README.md").read_text() == text
 
 
+def test_steps_and_profiles(table, tree):
+    ours = {"ms": 100.0, "tokens_per_second": 81920.0, "peak_bytes": 2e10, "saved_units": 9.0}
+    runs = {"ours": ours, "bf16": {"ms": 150.0, "peak_bytes": 4e10}, "fp32": {"peak_bytes": None, "does_not_fit": 8e10}}
+    notes = [
+        {"step": {"name": "1B 4x2048", "runs": runs}},
+        {"profile": {"name": "1B 4x2048", "ms": {"GEMM": 70.0, "other": 5.0}, "wall_ms": 80.0, "idle_share": 0.0625}},
+    ]
+    path = write(tree, name="step-1B")
+    path.write_text(path.read_text() + "".join(json.dumps(note) + "\n" for note in notes))
+    write(tree, {"peers_us": {}})
+    assert run(table, tree) == 0
+    text = (tree / "README.md").read_text()
+    for row in (
+        "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U | abc |",
+        "| 1B 4x2048 | bf16 | 150.0 ms (1.50x ours) |  | peak 40.00 GB (2.00x ours) | abc |",
+        "| 1B 4x2048 | fp32 |  |  | does not fit in 80 GB | abc |",
+        "| our step, ms | GEMM | other | idle | all |",
+        "| 1B 4x2048 | 70.00 | 5.00 | 5.00 (6 %) | 80.00 |",
+    ):
+        assert row in text
+
+
 def test_check_says_that_the_table_is_old(table, tree, capsys):
     write(tree, {"peers_us": {}})
     assert run(table, tree, "--check") == 1
@@ -83,10 +95,10 @@ def test_check_says_that_the_table_is_old(table, tree, capsys):
 
 
 def test_families_come_in_the_order_in_which_they_run(table, tree):
-    for name in ("unknown", "step", "optim", "quant"):
+    for name in ("unknown", "step-1B", "optim", "quant"):
         write(tree, {"peers_us": {}, "op": name}, name=name)
     families = table.read_results(tree / "results")["A GPU"]
-    assert [family.name for family in families] == ["quant", "optim", "step", "unknown"]
+    assert [family.name for family in families] == ["quant", "optim", "step-1B", "unknown"]
 
 
 @pytest.mark.parametrize(
