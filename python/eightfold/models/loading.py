@@ -52,6 +52,23 @@ def load_decoder(
     return model.to(device), load_tokenizer(path)
 
 
+def new_decoder(
+    path: str | os.PathLike,
+    precision: Precision = "bf16",
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> tuple[Decoder, object | None]:
+    """A decoder with random weights, of the sizes in the folder `path`'s config.json, and the folder's tokenizer.
+
+    Weights are made on the CPU: they depend on torch's seed alone. Errors are those of `load_decoder`.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: expected a folder with config.json")
+    model = Decoder(read_config(path), precision)
+    return model.to(device, dtype), load_tokenizer(path)
+
+
 def read_config(folder: Path) -> DecoderConfig:
     """DecoderConfig of folder/config.json."""
     file = folder / "config.json"

@@ -19,8 +19,12 @@ class ModelConfig(_Section):
     path: str = Field(
         description="Hugging Face folder, .gguf file, a run's folder, or smollm2 (fetched from its package)"
     )
+    init: Literal["pretrained", "random"] = Field(
+        "pretrained", description="the weights at path, or random ones (by seed) of the sizes in its config.json"
+    )
     precision: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how linears, norms and SwiGLU compute")
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the parameters are kept")
+    compile: bool = Field(False, description="torch.compile each layer: for bf16 and fp32, whose steps are not fused")
 
     def resolved(self) -> Path:
         """``path``; of a run's folder its latest checkpoint; of ``smollm2`` the packaged file (fetched once)."""
@@ -49,6 +53,10 @@ class DataConfig(_Section):
     template: Literal["plain", "chat"] = Field("plain", description="how a prompt and its completion become one text")
     train_on_prompt: bool = Field(False, description="whether prompt tokens count in the loss")
     sequence_length: PositiveInt = Field(512, description="tokens")
+    isolate_documents: bool = Field(
+        True, description="attention stays inside a document; without, sequences cost less (no mask)"
+    )
+    cache: str | None = Field(None, description="folder that keeps the tokens, for runs on the same text and tokenizer")
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the tokens held out, in whole documents")
 
 

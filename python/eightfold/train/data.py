@@ -9,6 +9,8 @@ slices of one global batch.
 import hashlib
 import json
 import math
+import os
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,8 +125,25 @@ def _record_to_document(record: dict[str, Any], config: DataConfig, where: str) 
     return Document(*(record[name] for name in names), source=where)
 
 
-def tokenize(document: Document, tokenizer: Any, config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [n] int32 and, of the same length, whether each token counts as a target."""
+Tokens = tuple[np.ndarray, np.ndarray]  # ids int32 [n] and, of the same length, whether each counts as a target
+BATCH = 256  # documents tokenised at once: a fast tokenizer spreads them over the cores
+
+
+def tokenize_all(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Tokens]:
+    """The tokens of every document."""
+    if config.template == "chat":
+        return [tokenize(document, tokenizer, config) for document in documents]
+    found = []
+    for begin in range(0, len(documents), BATCH):
+        batch = documents[begin : begin + BATCH]
+        texts = [document.prompt for document in batch] + [document.text for document in batch]
+        ids = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        found += [_joined([ids[i], ids[i + len(batch)]], tokenizer, config) for i in range(len(batch))]
+    return found
+
+
+def tokenize(document: Document, tokenizer: Any, config: DataConfig) -> Tokens:
+    """The tokens of one document."""
     if config.template == "chat" and document.prompt:
         turns = [{"role": "user", "content": document.prompt}, {"role": "assistant", "content": document.text}]
         head = tokenizer.apply_chat_template(turns[:1], tokenize=False, add_generation_prompt=True)
@@ -132,10 +151,16 @@ def tokenize(document: Document, tokenizer: Any, config: DataConfig) -> tuple[np
         if not whole.startswith(head):
             raise ValueError("data.template=chat: the chat template does not continue its own generation prompt")
         parts = [_encode(tokenizer, head), _encode(tokenizer, whole[len(head) :])]
-    else:
-        parts = [_encode(tokenizer, document.prompt), _encode(tokenizer, document.text)]
-        if tokenizer.eos_token_id is not None:
-            parts[1].append(tokenizer.eos_token_id)
+        return _counted(parts, config)
+    return _joined([_encode(tokenizer, document.prompt), _encode(tokenizer, document.text)], tokenizer, config)
+
+
+def _joined(parts: list[list[int]], tokenizer: Any, config: DataConfig) -> Tokens:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return _counted([parts[0], [*parts[1], *end]], config)
+
+
+def _counted(parts: list[list[int]], config: DataConfig) -> Tokens:
     ids = np.array(parts[0] + parts[1], dtype=np.int32)
     counts = np.ones(len(ids), dtype=bool)
     if not config.train_on_prompt:
@@ -147,28 +172,74 @@ def _encode(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer.encode(text, add_special_tokens=False)) if text else []
 
 
+def tokens_of(documents: list[Document], tokenizer: Any, config: DataConfig) -> list[Tokens]:
+    """``tokenize_all``, or what ``config.cache`` keeps of an earlier call with the same text, tokenizer and options."""
+    if config.cache is None:
+        return tokenize_all(documents, tokenizer, config)
+    if not hasattr(tokenizer, "backend_tokenizer"):
+        raise ValueError("data.cache: the model's tokenizer cannot be told from another (it is no fast tokenizer)")
+    digest = hashlib.sha256(repr((config.template, config.train_on_prompt, tokenizer.eos_token_id)).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
+    for document in documents:
+        for text in (document.prompt, document.text):
+            digest.update(f"{len(text)} ".encode() + text.encode())
+    path = Path(config.cache) / f"tokens-{digest.hexdigest()[:32]}.npz"
+    if not path.exists():
+        found = tokenize_all(documents, tokenizer, config)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft = path.with_suffix(f".{os.getpid()}.writing")
+        with open(draft, "wb") as out:
+            lengths = np.array([len(ids) for ids, _ in found])
+            np.savez(out, ids=_end_to_end(found, 0), counts=_end_to_end(found, 1), lengths=lengths)
+        draft.rename(path)
+        return found
+    try:
+        with np.load(path) as kept:
+            ends = np.cumsum(kept["lengths"])[:-1]
+            return list(zip(np.split(kept["ids"], ends), np.split(kept["counts"], ends), strict=True))
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path}: damaged, remove it: {' '.join(str(error).split())}") from None
+
+
+def _end_to_end(documents: list[Tokens], part: int) -> np.ndarray:
+    return np.concatenate([document[part] for document in documents])
+
+
 @dataclass(frozen=True)
 class Sequences:
-    """Packed sequences, all [count, length]: ``ids``, ``labels`` (the next token, or -100) and ``document_ids``."""
+    """Packed sequences, all [count, length]: ``ids``, ``labels`` (the next token, or -100) and ``document_ids`` (None
+    where attention is not to stay inside a document)."""
 
     ids: Tensor
     labels: Tensor
-    document_ids: Tensor
+    document_ids: Tensor | None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
-    def batch(self, indices: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
-        """``ids``, ``labels``, ``document_ids`` of the sequences ``indices``, int64 [len(indices), length]."""
-        rows = torch.tensor(indices)
-        return tuple(part[rows].long().to(device) for part in (self.ids, self.labels, self.document_ids))
+    def batch(self, indices: list[int], device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor | None]:
+        """``ids``, ``labels``, ``document_ids`` of the sequences ``indices``, int64 [len(indices), length].
+
+        The host does not wait for a GPU to take them.
+        """
+        rows, device = torch.tensor(indices), torch.device(device)
+
+        def moved(part: Tensor | None) -> Tensor | None:
+            if part is None:
+                return None
+            taken = part[rows]
+            if device.type == "cuda":
+                taken = taken.pin_memory().to(device, non_blocking=True)
+            return taken.to(device, torch.int64)
+
+        return moved(self.ids), moved(self.labels), moved(self.document_ids)
 
     def targets(self, indices: list[int]) -> int:
         """How many labels of these sequences count in the loss."""
         return int((self.labels[torch.tensor(indices)] != IGNORED).sum()) if indices else 0
 
 
-def pack(documents: list[tuple[np.ndarray, np.ndarray]], length: int) -> Sequences:
+def pack(documents: list[Tokens], length: int, isolate: bool = True) -> Sequences:
     """Lays documents end to end and cuts sequences of ``length``; those without a single target are dropped.
 
     The last sequence is filled with -100 labels when the stream ends inside it.
@@ -185,12 +256,11 @@ def pack(documents: list[tuple[np.ndarray, np.ndarray]], length: int) -> Sequenc
     document_ids = np.pad(document_ids, (0, pad), constant_values=len(documents)).reshape(rows, length)
     document_ids = document_ids - document_ids[:, :1]
     keep = (labels != IGNORED).any(axis=1)
-    return Sequences(*(torch.from_numpy(part[keep]) for part in (ids, labels, document_ids)))
+    kept = [torch.from_numpy(part[keep]) for part in (ids, labels, document_ids)]
+    return Sequences(*(kept if isolate else [*kept[:2], None]))
 
 
-def split(
-    documents: list[tuple[np.ndarray, np.ndarray]], share: float, seed: int
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], list[tuple[np.ndarray, np.ndarray]]]:
+def split(documents: list[Tokens], share: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
     """Shuffled training documents, and held-out ones of about ``share`` of the tokens."""
     if len(documents) == 1 and share > 0:
         ids, counts = documents[0]
@@ -198,7 +268,7 @@ def split(
         return [(ids[:cut], counts[:cut])], [(ids[cut:], counts[cut:])]
     order = np.random.default_rng([seed, 0x5EED]).permutation(len(documents))
     wanted = share * sum(len(ids) for ids, _ in documents)
-    held_out: list[tuple[np.ndarray, np.ndarray]] = []
+    held_out: list[Tokens] = []
     taken = 0
     for index in order[:-1]:
         if taken >= wanted:
@@ -219,7 +289,10 @@ class Corpus:
 
     def __post_init__(self) -> None:
         parts = (self.train.ids, self.train.labels, self.train.document_ids)
-        self.fingerprint = hashlib.sha256(b"".join(part.numpy().tobytes() for part in parts)).hexdigest()
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(b"" if part is None else part.numpy())
+        self.fingerprint = digest.hexdigest()
 
     @classmethod
     def load(cls, config: DataConfig, tokenizer: Any, seed: int) -> "Corpus":
@@ -228,15 +301,16 @@ class Corpus:
             raise ValueError("the model has no tokenizer: its folder should hold tokenizer.json")
         if config.template == "chat" and not getattr(tokenizer, "chat_template", None):
             raise ValueError("data.template=chat: the model's tokenizer has no chat template")
-        documents = [tokenize(document, tokenizer, config) for document in read_documents(config)]
+        documents = tokens_of(read_documents(config), tokenizer, config)
         documents = [(ids, counts) for ids, counts in documents if len(ids) >= 2 and counts[1:].any()]
         if not documents:
             raise ValueError(f"{config.path}: no document of at least two tokens")
         train, held_out = split(documents, config.held_out, seed)
-        sequences = pack(train, config.sequence_length) if len(train[0][0]) else None
+        length, isolate = config.sequence_length, config.isolate_documents
+        sequences = pack(train, length, isolate) if len(train[0][0]) else None
         if not sequences:
             raise ValueError(f"{config.path}: too little text to train on after holding out {config.held_out:.0%}")
-        return cls(sequences, pack(held_out, config.sequence_length) if held_out else None, seed)
+        return cls(sequences, pack(held_out, length, isolate) if held_out else None, seed)
 
     def start(self) -> "Cursor":
         """A cursor at the first sequence of the first epoch."""
@@ -250,12 +324,19 @@ class Cursor:
     corpus: Corpus
     epoch: int = 0
     position: int = 0
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)  # of an epoch: a permutation takes a while
+
+    def order(self) -> np.ndarray:
+        if self._order is None or self._order[0] != self.epoch:
+            generator = np.random.default_rng([self.corpus.seed, self.epoch])
+            self._order = self.epoch, generator.permutation(len(self.corpus.train))
+        return self._order[1]
 
     def take(self, count: int) -> list[int]:
         """The next ``count`` sequence indices; runs over into the next epoch."""
         indices: list[int] = []
         while len(indices) < count:
-            order = np.random.default_rng([self.corpus.seed, self.epoch]).permutation(len(self.corpus.train))
+            order = self.order()
             part = order[self.position : self.position + count - len(indices)]
             indices += part.tolist()
             self.position += len(part)

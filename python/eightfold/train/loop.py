@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from eightfold.train import checkpoint, distributed
-from eightfold.train.config import OptimizerConfig, TrainConfig
+from eightfold.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from eightfold.train.data import Corpus, Cursor, Sequences
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
@@ -104,11 +104,16 @@ def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = 
     with distributed.start(config.device) as world, _determinism(config):
         torch.manual_seed(config.seed)
         if model is None:
-            from eightfold.models.loading import load_decoder
-
-            dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.parameters]
-            model, tokenizer = load_decoder(config.model.resolved(), config.model.precision, dtype, world.device)
+            model, tokenizer = _load(config.model, world.device)
         return _Run(config, model, tokenizer, world, name).run()
+
+
+def _load(config: ModelConfig, device: torch.device) -> tuple[nn.Module, Any]:
+    from eightfold.models.loading import load_decoder, new_decoder
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parameters]
+    make = new_decoder if config.init == "random" else load_decoder
+    return make(config.resolved(), config.precision, dtype, device)
 
 
 @contextlib.contextmanager
@@ -136,6 +141,9 @@ class _Run:
         self.corpus = Corpus.load(config.data, tokenizer, config.seed)
         self.cursor: Cursor = self.corpus.start()
         distributed.shard(model, world)
+        if config.model.compile:
+            for layer in model.model.layers:
+                layer.compile(dynamic=False)
         self.parameters = sum(p.numel() for p in model.parameters())
         self.optimizer = make_optimizer(model, config.optimizer, config.model.precision)
         self.step = 0
