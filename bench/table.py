@@ -108,9 +108,8 @@ def _rows(families: list[Family]) -> str:
     rows = [HEAD]
     for family in families:
         groups: dict[tuple[str, bool], list[dict]] = {}
-        for (
-            line
-        ) in family.lines:  # small products are bound by bytes: another ceiling, another row; so is another dtype
+        # Small products are bound by bytes: another ceiling, another row. So is another dtype.
+        for line in family.lines:
             _, _, dtype = line["shape"].rpartition(" ")
             op = f"{line['op']} {dtype}" if dtype in DTYPES else line["op"]
             groups.setdefault((op, bool(line["gbps"])), []).append(line)
