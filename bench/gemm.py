@@ -39,7 +39,8 @@ def run(bench: Bench) -> None:
     for m, n, k in FORWARD if cuda else CPU_FORWARD:
         bench.add(_forward(bench.device, m, n, k))
     for m, n, k in WGRAD if cuda else CPU_WGRAD:
-        bench.add(_wgrad(bench.device, m, n, k))
+        for case in _wgrad(bench.device, m, n, k):
+            bench.add(case)
 
 
 def _forward(device: torch.device, m: int, n: int, k: int) -> Case:
@@ -57,19 +58,33 @@ def _forward(device: torch.device, m: int, n: int, k: int) -> Case:
     )
 
 
-def _wgrad(device: torch.device, m: int, n: int, k: int) -> Case:
+def _wgrad(device: torch.device, m: int, n: int, k: int) -> list[Case]:
+    """Added to fp32 sums, as over micro-batches; and written in bf16."""
     dy, x = (torch.randn(k, cols, device=device, dtype=torch.bfloat16) for cols in (m, n))
     a, b = (tuple(t.t() for t in ops.quantize(tensor, (128, 1))) for tensor in (dy, x))
     out = torch.zeros(m, n, device=device)
-    return Case(
-        "fp8_gemm wgrad",
-        f"{m}x{n}x{k}",
-        ours=bind(ops.fp8_gemm_accumulate_, out, *a, *b, 1),
-        error=lambda: relative_error(ops.fp8_gemm(*a, *b, 1, None, torch.float32)[:256], exact(a, b, (1, 128))),
-        tolerance=2e-4 if x.is_cuda else 1e-5,
-        flop=2 * m * n * k,
-        peers=_wgrad_peers(dy, x, a, b) if x.is_cuda else {"torch fp32": bind(torch.mm, dy.float().t(), x.float())},
-    )
+    bf16 = bind(ops.fp8_gemm, *a, *b, 1, None, torch.bfloat16)
+    shape, flop, reference = f"{m}x{n}x{k}", 2 * m * n * k, {"torch fp32": bind(torch.mm, dy.float().t(), x.float())}
+    return [
+        Case(
+            "fp8_gemm wgrad",
+            shape,
+            ours=bind(ops.fp8_gemm_accumulate_, out, *a, *b, 1),
+            error=lambda: relative_error(ops.fp8_gemm(*a, *b, 1, None, torch.float32)[:256], exact(a, b, (1, 128))),
+            tolerance=2e-4 if x.is_cuda else 1e-5,
+            flop=flop,
+            peers=_deep_gemm_wgrad(a, b) if x.is_cuda else reference,
+        ),
+        Case(
+            "fp8_gemm wgrad in bf16",
+            shape,
+            ours=bf16,
+            error=lambda: relative_error(bf16()[:256], exact(a, b, (1, 128))),
+            tolerance=1.75e-3,
+            flop=flop,
+            peers=_wgrad_peers(dy, x, a, b) if x.is_cuda else reference,
+        ),
+    ]
 
 
 def bind(function, *arguments) -> Run:
@@ -117,17 +132,21 @@ def forward_peers(x: torch.Tensor, w: torch.Tensor, a: Quantized, b: Quantized) 
 
 
 def _wgrad_peers(dy: torch.Tensor, x: torch.Tensor, a: Quantized, b: Quantized) -> dict[str, Run]:
-    """bf16 by torch; cuBLASLt 1x128 x 1x128 with bf16 out; DeepGEMM's 1D1D with fp32 accumulation."""
+    """With bf16 out: torch's bf16 product; cuBLASLt with the same groups."""
     scaled_mm, recipe = torch.nn.functional.scaled_mm, torch.nn.functional.ScalingType
-    peers = {
+    return {
         "torch bf16": bind(torch.mm, dy.t(), x),
         "cuBLASLt 1x128 x 1x128": lambda: scaled_mm(
             a[0], b[0].t(), a[1], recipe.BlockWise1x128, b[1], recipe.BlockWise1x128, output_dtype=torch.bfloat16
         ),
     }
-    if deep_gemm():
-        out = torch.zeros(a[0].shape[0], b[0].shape[0], device=x.device)
-        peers["DeepGEMM 1D1D"] = lambda: deep_gemm().fp8_gemm_nt(
-            a, b, out, c=out, disable_ue8m0_cast=True, recipe=(1, 1, 128)
-        )
-    return peers
+
+
+def _deep_gemm_wgrad(a: Quantized, b: Quantized) -> dict[str, Run]:
+    """Its 1D1D kernel, which adds to fp32 sums."""
+    if not deep_gemm():
+        return {}
+    out = torch.zeros(a[0].shape[0], b[0].shape[0], device=a[0].device)
+    return {
+        "DeepGEMM 1D1D": lambda: deep_gemm().fp8_gemm_nt(a, b, out, c=out, disable_ue8m0_cast=True, recipe=(1, 1, 128))
+    }
