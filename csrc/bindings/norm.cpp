@@ -8,14 +8,25 @@ namespace {
 
 using namespace quant;  // the kernels
 
-void check_norm_input(const Tensor& x, const Tensor& weight, const char* op, const char* argument) {
-  check_rank(x, 2, op, argument);
-  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
-  check_contiguous(x, op, argument);
+void check_weight(const Tensor& weight, const Tensor& x, const char* op) {
   check_dtype(weight, {ScalarType::BFloat16, ScalarType::Float}, op, "weight");
   check_same_device(weight, x, op, "weight");
   check_shape(weight, {x.size(1)}, op, "weight");
   check_contiguous(weight, op, "weight");
+}
+
+void check_rstd(const Tensor& rstd, const Tensor& x, const char* op) {
+  check_same_device(rstd, x, op, "rstd");
+  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
+  check_shape(rstd, {x.size(0)}, op, "rstd");
+  check_contiguous(rstd, op, "rstd");
+}
+
+void check_norm_input(const Tensor& x, const Tensor& weight, const char* op, const char* argument) {
+  check_rank(x, 2, op, argument);
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
+  check_contiguous(x, op, argument);
+  check_weight(weight, x, op);
   EF_CHECK(x.is_cpu() || x.size(1) <= kMaxNormCols, op, ": ", argument, " has ", x.size(1), " features; the CUDA kernel takes at most ",
            kMaxNormCols);
 }
@@ -113,14 +124,8 @@ std::tuple<Tensor, Tensor> rms_norm_columns(const Tensor& x_codes, const Tensor&
   const int64_t rows = x_codes.size(0), cols = x_codes.size(1);
   RmsNormColumns norm{};
   norm.x = row_codes_in(x_codes, x_scales, rows, cols, x_codes, op, "x_codes", "x_scales");
-  check_same_device(rstd, x_codes, op, "rstd");
-  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
-  check_shape(rstd, {rows}, op, "rstd");
-  check_contiguous(rstd, op, "rstd");
-  check_same_device(weight, x_codes, op, "weight");
-  check_dtype(weight, {ScalarType::BFloat16, ScalarType::Float}, op, "weight");
-  check_shape(weight, {cols}, op, "weight");
-  check_contiguous(weight, op, "weight");
+  check_rstd(rstd, x_codes, op);
+  check_weight(weight, x_codes, op);
   EF_CHECK(dtype == ScalarType::BFloat16 || dtype == ScalarType::Float, op, ": dtype must be bfloat16 or float32, got ", name_of(dtype));
   ColCast out = empty_col_cast(rows, cols, x_codes);
   norm.rstd = static_cast<const float*>(rstd.data_ptr());
@@ -153,10 +158,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
     check_like(x, dy, op, "x");
     norm.x = x.data_ptr();
   }
-  check_same_device(rstd, dy, op, "rstd");
-  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
-  check_shape(rstd, {rows}, op, "rstd");
-  check_contiguous(rstd, op, "rstd");
+  check_rstd(rstd, dy, op);
   if (residual_grad) {
     check_like(*residual_grad, dy, op, "residual_grad");
     norm.residual_grad = residual_grad->data_ptr();

@@ -71,52 +71,17 @@ void quantize_columns(const Input& x, const Quantized& out, bool power_of_two) {
   });
 }
 
-float square_scale(Tile& tile, int64_t height, int64_t width, bool power_of_two) {
-  uint32_t amax = 0;
-  for (int64_t r = 0; r < height; ++r) amax = std::max(amax, amax_bits(tile.row(r), width));
-  return group_scale(bits_float(amax), power_of_two);
-}
+Parts as_parts(const Input& x) { return {{x.data}, {x.ld}, {0}, 1, x.dtype, x.rows, x.cols}; }
 
-void quantize_squares(const Input& x, const Quantized& out, bool power_of_two) {
-  const int64_t across = ceil_div(x.cols, kTile);
-  for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
-    Tile tile;
-    load_tile(x, row, col, height, width, tile);
-    const float scale = square_scale(tile, height, width, power_of_two);
-    out.scales[row / kTile * across + col / kTile] = scale;
-    for (int64_t r = 0; r < height; ++r) encode(tile.row(r), width, scale, out.codes + (row + r) * x.cols + col);
-  });
-}
-
-}  // namespace
-
-void quantize_cpu(const Input& x, Group group, const Quantized& out, bool power_of_two) {
-  switch (group) {
-    case Group::row128: return quantize_rows(x, 128, out, power_of_two);
-    case Group::row16: return quantize_rows(x, 16, out, power_of_two);
-    case Group::col128: return quantize_columns(x, out, power_of_two);
-    case Group::square: return quantize_squares(x, out, power_of_two);
-  }
-}
-
-void quantize_both_cpu(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two) {
-  for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
-    Tile tile;
-    load_tile(x, row, col, height, width, tile);
-    for (int64_t r = 0; r < height; ++r)
-      encode_groups(tile.row(r), width, kTile, power_of_two, rows.codes + (row + r) * x.cols + col,
-                    rows.scales + col / kTile * rows.scale_ld + row + r, rows.scale_ld);
-    store_columns(tile, row, col, height, width, cols, power_of_two);
-  });
-}
-
-void quantize_stacked_cpu(const Parts& x, const Quantized& out, bool transposed) {
+void cast_squares(const Parts& x, const Quantized& out, bool transposed, bool power_of_two) {
   const int64_t down = ceil_div(x.rows, kTile), across = ceil_div(x.cols, kTile);
   for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
     Tile tile;
     const int part = part_of(x, row);
     load_tile({x.data[part], x.dtype, x.rows, x.cols, x.ld[part]}, row - x.first[part], col, height, width, tile);
-    const float scale = square_scale(tile, height, width, false);
+    uint32_t amax = 0;
+    for (int64_t r = 0; r < height; ++r) amax = std::max(amax, amax_bits(tile.row(r), width));
+    const float scale = group_scale(bits_float(amax), power_of_two);
     if (!transposed) {
       out.scales[row / kTile * across + col / kTile] = scale;
       for (int64_t r = 0; r < height; ++r) encode(tile.row(r), width, scale, out.codes + (row + r) * x.cols + col);
@@ -129,17 +94,36 @@ void quantize_stacked_cpu(const Parts& x, const Quantized& out, bool transposed)
   });
 }
 
-void quantize_beside_cpu(const Parts& x, const Quantized& rows, const Quantized& cols) {
+void cast_rows_and_columns(const Parts& x, const Quantized& rows, const Quantized& cols, bool power_of_two) {
   for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {
     Tile tile;
     const int part = part_of(x, col);
     load_tile({x.data[part], x.dtype, x.rows, x.cols, x.ld[part]}, row, col - x.first[part], height, width, tile);
     for (int64_t r = 0; r < height; ++r)
-      encode_groups(tile.row(r), width, kTile, false, rows.codes + (row + r) * x.cols + col,
+      encode_groups(tile.row(r), width, kTile, power_of_two, rows.codes + (row + r) * x.cols + col,
                     rows.scales + col / kTile * rows.scale_ld + row + r, rows.scale_ld);
-    if (cols.codes) store_columns(tile, row, col, height, width, cols, false);
+    if (cols.codes) store_columns(tile, row, col, height, width, cols, power_of_two);
   });
 }
+
+}  // namespace
+
+void quantize_cpu(const Input& x, Group group, const Quantized& out, bool power_of_two) {
+  switch (group) {
+    case Group::row128: return quantize_rows(x, 128, out, power_of_two);
+    case Group::row16: return quantize_rows(x, 16, out, power_of_two);
+    case Group::col128: return quantize_columns(x, out, power_of_two);
+    case Group::square: return cast_squares(as_parts(x), out, false, power_of_two);
+  }
+}
+
+void quantize_both_cpu(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two) {
+  cast_rows_and_columns(as_parts(x), rows, cols, power_of_two);
+}
+
+void quantize_stacked_cpu(const Parts& x, const Quantized& out, bool transposed) { cast_squares(x, out, transposed, false); }
+
+void quantize_beside_cpu(const Parts& x, const Quantized& rows, const Quantized& cols) { cast_rows_and_columns(x, rows, cols, false); }
 
 void requantize_cpu(const RowCodes& x, const Quantized& cols, bool power_of_two) {
   for_tiles(x.rows, x.cols, [&](int64_t row, int64_t col, int64_t height, int64_t width) {

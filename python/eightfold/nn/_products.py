@@ -9,8 +9,8 @@ one below the other and their output gradients beside each other, so that all in
 weight gradients. Weights of several dtypes, or not a multiple of 128 high (the last may be), go one by one: the bits of
 outputs and weight gradients are the same, those of the input gradient differ by the order of its fp32 sum.
 
-Weights are never kept in FP8 between forward and backward, unless
-their layer has a `WeightCache`: the parameter is there anyway, and casting it again costs one read of it.
+Weights are never kept in FP8 between forward and backward, unless their layer has a `WeightCache`: the parameter is
+there anyway, and casting it again costs one read of it.
 """
 
 import weakref
