@@ -31,7 +31,8 @@ def main(arguments: list[str] | None = None) -> None:
         runs |= {
             name: run for name, run in parts.items() if name in steps or ("step" in steps and "-variants" not in name)
         }
-    for name in [name for name in runs if name in options.families or name not in FAMILIES] or FAMILIES:
+    chosen = [name for name in runs if name in options.families or name not in FAMILIES]
+    for name in chosen or FAMILIES:
         bench = Bench(options.device)
         runs[name](bench)
         bench.report(name if name in FAMILIES else f"step-{name}", options.results, options.commit)
