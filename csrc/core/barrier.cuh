@@ -60,6 +60,22 @@ __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity
   return done != 0;
 }
 
+// Waits for the phase unless it was seen to have `passed`. One piece of assembly: the code around it stays one straight piece.
+__device__ __forceinline__ void barrier_wait_unless(bool passed, uint32_t barrier, uint32_t parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.b32 p, %2, 0;\n"
+      "@p bra DONE;\n"
+      "WAIT:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1, 10000000;\n"
+      "@!p bra WAIT;\n"
+      "DONE:\n"
+      "}\n" ::"r"(barrier),
+      "r"(parity), "r"(static_cast<uint32_t>(passed))
+      : "memory");
+}
+
 // The place in a ring of `kStages` buffers; producer and consumers step through it alike.
 template <int kStages>
 struct RingPosition {

@@ -29,6 +29,7 @@ inline int multiprocessors(int device) {
 }
 
 // Lets launches of `kernel` ask for `bytes` of dynamic shared memory; the driver is asked once for each device, kernel and larger size.
+// The multiprocessors then give shared memory all that they can, so that as many blocks fit as its size allows.
 template <auto kernel>
 void allow_shared_memory(int bytes, int device, const char* doing) {
   static std::atomic<int> allowed[kMaxDevices];
@@ -37,6 +38,7 @@ void allow_shared_memory(int bytes, int device, const char* doing) {
   std::lock_guard<std::mutex> lock(asking);
   if (device < kMaxDevices && allowed[device].load(std::memory_order_relaxed) >= bytes) return;
   cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), doing);
+  cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared), doing);
   if (device < kMaxDevices) allowed[device].store(bytes, std::memory_order_release);
 }
 

@@ -37,6 +37,19 @@ inline GemmOutput gemm_output(const Fp8GemmArgs& args) {
   return o;
 }
 
+// What is known of an output when its kernel is compiled: the results then pass through less code, which leaves the instruction cache
+// to the loop.
+enum class OutputKind {
+  any,
+  bf16_vectors,
+  f32_sums,  // accumulates in whole vectors; then there is no bias
+};
+
+inline OutputKind output_kind(const GemmOutput& o) {
+  if (o.wide && o.type == DType::bf16) return OutputKind::bf16_vectors;
+  return o.wide && o.accumulate ? OutputKind::f32_sums : OutputKind::any;
+}
+
 // Lane q of each four holds words w[0..3], w[j] being chunk q of block j; after it w[i] is chunk i of block q.
 __device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], uint32_t lane) {
   const bool odd = lane & 1, high = lane & 2;
@@ -140,9 +153,31 @@ __device__ __forceinline__ void store_tile(const GemmOutput& o, float (&acc)[kCo
   }
 }
 
+// 16 bytes of a row, of which `left` elements lie before the output's end.
+template <OutputKind kKind, class T>
+__device__ __forceinline__ void store_vector(const GemmOutput& o, T* at, const uint4& values, int32_t left) {
+  if (kKind == OutputKind::f32_sums || (kKind == OutputKind::any && sizeof(T) == 4 && o.wide && o.accumulate)) {
+    add_global(reinterpret_cast<float*>(at), values);
+  } else if (kKind == OutputKind::bf16_vectors || o.wide) {
+    __stcs(reinterpret_cast<uint4*>(at), values);  // first to leave the L2 cache, which the operands want
+  } else {
+    const uint32_t words[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int j = 0; j < 16 / static_cast<int>(sizeof(T)); ++j) {
+      if (j >= left) continue;
+      if constexpr (sizeof(T) == 4) {
+        const float value = __uint_as_float(words[j]);
+        at[j] = o.accumulate ? at[j] + value : value;
+      } else {
+        at[j] = static_cast<T>(words[j / 2] >> (16 * (j % 2)));
+      }
+    }
+  }
+}
+
 // 16 rows of the tile from `row` on, by one warp: its wgmma registers through kBytes of its own shared memory, as many columns at a
 // time as fit, so that each row leaves in whole vectors. Nobody waits for it but the warp's own lanes.
-template <int kBytes, int kCount>
+template <OutputKind kKind, int kBytes, int kCount>
 __device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCount], uint32_t staging, int32_t row, int32_t column,
                                            uint32_t lane) {
   constexpr uint32_t kRowBytes = kBytes / 16, kChunks = kRowBytes / 16;  // chunks of 16 bytes, at most 8 a row
@@ -151,41 +186,22 @@ __device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCo
                       __attribute__((always_inline)) { return staging + r * kRowBytes + ((c ^ (r / (8 / kChunks)) % kChunks) * 16); };
   auto write_out = [&](int32_t first, auto zero) __attribute__((always_inline)) {
     using T = decltype(zero);
-    constexpr int kVector = 16 / sizeof(T);
+    constexpr int kLoads = kChunks / 2, kRows = 32 / kChunks;  // of a lane; rows that the warp reads at once
+    const int32_t r = static_cast<int32_t>(lane / kChunks), c = static_cast<int32_t>(lane % kChunks);
+    const int32_t left = o.n - (column + first + c * 16 / static_cast<int>(sizeof(T)));
+    T* at = static_cast<T*>(o.out) + static_cast<int64_t>(row + r) * o.ld + (o.n - left);
     __syncwarp();
 #pragma unroll
-    for (uint32_t i = 0; i < 16 * kChunks / 32; ++i) {
-      const uint32_t r = i * (32 / kChunks) + lane / kChunks, c = lane % kChunks;
-      const int64_t y = row + static_cast<int32_t>(r);
-      const int32_t x = column + first + static_cast<int32_t>(c) * kVector;
-      T* at = static_cast<T*>(o.out) + y * o.ld + x;
-      const uint4 values = load_shared(chunk_at(r, c));
-      if (y >= o.m || x >= o.n) continue;
-      if (o.wide) {
-        if (sizeof(T) == 4 && o.accumulate) {
-          add_global(reinterpret_cast<float*>(at), values);
-        } else {
-          *reinterpret_cast<uint4*>(at) = values;
-        }
-      } else {
-        const uint32_t words[4] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) {
-          if (x + j >= o.n) continue;
-          if constexpr (sizeof(T) == 4) {
-            const float value = __uint_as_float(words[j]);
-            at[j] = o.accumulate ? at[j] + value : value;
-          } else {
-            at[j] = static_cast<T>(words[j / 2] >> (16 * (j % 2)));
-          }
-        }
-      }
+    for (int i = 0; i < kLoads; i += 2) {
+      const uint4 upper = load_shared(chunk_at(r + i * kRows, c)), lower = load_shared(chunk_at(r + (i + 1) * kRows, c));
+      if (row + r + i * kRows < o.m && left > 0) store_vector<kKind>(o, at + i * kRows * o.ld, upper, left);
+      if (row + r + (i + 1) * kRows < o.m && left > 0) store_vector<kKind>(o, at + (i + 1) * kRows * o.ld, lower, left);
     }
     __syncwarp();
   };
 
-  add_tile_bias(o, acc, column, lane);
-  if (o.type == DType::bf16) {
+  if constexpr (kKind != OutputKind::f32_sums) add_tile_bias(o, acc, column, lane);
+  if (kKind == OutputKind::bf16_vectors || (kKind == OutputKind::any && o.type == DType::bf16)) {
     constexpr int kColumns = kRowBytes / 2;
 #pragma unroll
     for (int first = 0; first < 2 * kCount; first += kColumns) {
@@ -198,14 +214,23 @@ __device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCo
       write_out(first, uint16_t{});
     }
   } else {
+    // Word by word, odd rows the other word first to meet in no bank. A store of two words would have the compiler put them into an
+    // even and an odd register, where the product of the same index is: each step of promotion would read one register bank twice.
     constexpr int kColumns = kRowBytes / 4;
+    const bool odd = lane / 4 / (8 / kChunks) % 2;
 #pragma unroll
     for (int first = 0; first < 2 * kCount; first += kColumns) {
 #pragma unroll
       for (int j = 0; j < kColumns / 8; ++j) {
         const float* block = acc + first / 2 + 4 * j;
-        store_shared(chunk_at(lane / 4, 2 * j + lane % 4 / 2) + lane % 2 * 8, block[0], block[1]);
-        store_shared(chunk_at(lane / 4 + 8, 2 * j + lane % 4 / 2) + lane % 2 * 8, block[2], block[3]);
+        const uint32_t upper = chunk_at(lane / 4, 2 * j + lane % 4 / 2) + lane % 2 * 8;
+        const uint32_t lower = chunk_at(lane / 4 + 8, 2 * j + lane % 4 / 2) + lane % 2 * 8;
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const uint32_t word = (odd ? 1 - c : c) * 4;
+          store_shared(upper + word, odd ? block[1 - c] : block[c]);
+          store_shared(lower + word, odd ? block[3 - c] : block[2 + c]);
+        }
       }
       write_out(first, float{});
     }

@@ -25,16 +25,20 @@ struct Fp8GemmPlan {
   bool share_a;              // pairs: neighbours along n, which share rows of a; else along m, which share rows of b
 };
 
-constexpr int kFp8GemmPairRows[] = {256, 192, 128};             // by 128 rows of b
+// Tiles of the pairs' kernel. A step (128 of K) takes the tensor cores rows * columns / 32 clocks; what it takes in all, with one scale
+// for a piece of columns of b or with one per column, and the end of a tile, as measured on an H100.
+struct Fp8GemmPairTile {
+  int rows, columns, step_clocks, column_scale_step_clocks, end_clocks;
+};
+constexpr Fp8GemmPairTile kFp8GemmPairTiles[] = {
+    {256, 128, 1120, 1700, 900}, {128, 192, 880, 1247, 900}, {192, 128, 890, 1242, 1200}, {128, 128, 760, 1020, 1500}};
 constexpr int kFp8GemmTileShapes[][2] = {{64, 128}, {64, 32}};  // a tile lies inside one group of 128 rows of b
 
 inline int64_t fp8_gemm_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
 
-// Clocks of the busiest multiprocessor. Its tensor cores do 32 outputs of a 128-deep step a clock; measured on an H100, the tiles of
-// pairs keep them busy for this share (in percent) of the time, with one scale for a tile of b or with one per column.
-inline int64_t fp8_gemm_pairs_clocks(int rows, int64_t waves, int64_t steps, bool column_scales) {
-  const int busy = rows == 256 ? (column_scales ? 56 : 80) : rows == 192 ? (column_scales ? 56 : 83) : (column_scales ? 50 : 67);
-  return waves * (steps * rows * 4 * 100 / busy + 1500);
+// Clocks of the busiest multiprocessor.
+inline int64_t fp8_gemm_pairs_clocks(const Fp8GemmPairTile& tile, int64_t waves, int64_t steps, bool column_scales) {
+  return waves * (steps * (column_scales ? tile.column_scale_step_clocks : tile.step_clocks) + tile.end_clocks);
 }
 
 // One math warpgroup multiplies, then promotes; the cache feeds a multiprocessor about 46 bytes a clock when all ask.
@@ -47,7 +51,7 @@ inline int64_t fp8_gemm_tiles_clocks(int rows, int columns, int64_t waves, int64
 inline Fp8GemmPlan fp8_gemm_plan_now(int64_t m, int64_t n, int64_t k, int b_group_rows, int sm_count) {
   if (fp8_gemm_small_takes(m, b_group_rows)) {
     const Fp8GemmSmallPlan p = fp8_gemm_small_plan(m, n, k, sm_count);
-    return {Fp8GemmKernel::small, 64, p.width, p.halves, p.tiles, p.halves * p.tiles, p.grid, false};
+    return {Fp8GemmKernel::small, 64 * p.teams, p.width, p.halves, p.tiles, p.halves * p.tiles, p.grid, false};
   }
   const int64_t steps = fp8_gemm_tiles(k, 128);
   const bool column_scales = b_group_rows == 1;
@@ -59,14 +63,14 @@ inline Fp8GemmPlan fp8_gemm_plan_now(int64_t m, int64_t n, int64_t k, int b_grou
     best_clocks = clocks;
   };
   const int64_t most_pairs = sm_count / 2;
-  for (int rows : kFp8GemmPairRows) {
+  for (const Fp8GemmPairTile& tile : kFp8GemmPairTiles) {
     if (k == 0 || most_pairs == 0) break;
-    const int64_t tiles_m = fp8_gemm_tiles(m, rows), tiles_n = fp8_gemm_tiles(n, 128);
-    for (bool share_a : {true, false}) {
+    const int64_t tiles_m = fp8_gemm_tiles(m, tile.rows), tiles_n = fp8_gemm_tiles(n, tile.columns);
+    for (bool share_a : {tile.rows >= tile.columns, tile.rows < tile.columns}) {  // rather the longer side
       const int64_t pairs = share_a ? tiles_m * fp8_gemm_tiles(tiles_n, 2) : fp8_gemm_tiles(tiles_m, 2) * tiles_n;
       const int grid = static_cast<int>(2 * (pairs < most_pairs ? pairs : most_pairs));
-      consider({Fp8GemmKernel::pairs, rows, 128, tiles_m, tiles_n, pairs, grid, share_a},
-               fp8_gemm_pairs_clocks(rows, fp8_gemm_tiles(pairs, most_pairs), steps, column_scales));
+      consider({Fp8GemmKernel::pairs, tile.rows, tile.columns, tiles_m, tiles_n, pairs, grid, share_a},
+               fp8_gemm_pairs_clocks(tile, fp8_gemm_tiles(pairs, most_pairs), steps, column_scales));
     }
   }
   for (const auto& shape : kFp8GemmTileShapes) {

@@ -18,19 +18,20 @@ namespace eightfold {
 void fp8_gemm_sm90(const Fp8GemmArgs& args, void* stream) {
   if (args.m == 0 || args.n == 0) return;
   // The copy engine's coordinates are 32-bit, and a tile may reach past the end.
-  constexpr int64_t kLargest = INT32_MAX - 256;
+  constexpr int64_t kLargest = INT32_MAX - 1024;
   if (args.m > kLargest || args.n > kLargest || args.k > kLargest) {
     throw std::runtime_error("fp8_gemm: m, n, k are at most " + std::to_string(kLargest) + ", got " + std::to_string(args.m) + ", " +
                              std::to_string(args.n) + ", " + std::to_string(args.k));
   }
   const int device = current_device();
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (fp8_gemm_small_takes(args.m, args.b_group_rows)) return fp8_gemm_small_sm90(args, device, s);  // which makes its own plan
   const Fp8GemmPlan plan = fp8_gemm_plan(args.m, args.n, args.k, args.b_group_rows, multiprocessors(device));
   if (plan.tiles_m * plan.tiles_n > INT32_MAX / 16) {
     throw std::runtime_error("fp8_gemm: an output of " + std::to_string(args.m) + " x " + std::to_string(args.n) + " is too large");
   }
-  const auto s = static_cast<cudaStream_t>(stream);
   switch (plan.kernel) {
-    case Fp8GemmKernel::small: return fp8_gemm_small_sm90(args, device, s);
+    case Fp8GemmKernel::small: break;  // above
     case Fp8GemmKernel::pairs: return fp8_gemm_pairs_sm90(args, plan, device, s);
     case Fp8GemmKernel::tiles: return fp8_gemm_tiles_sm90(args, plan, device, s);
   }

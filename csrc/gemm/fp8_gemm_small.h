@@ -2,6 +2,7 @@
 // shape takes moves time only, never bits.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "core/recent.h"
@@ -9,46 +10,54 @@
 namespace eightfold {
 
 constexpr int64_t kFp8GemmSmallRows = 128;
-constexpr int kFp8GemmSmallWidths[] = {112, 96, 80, 64, 56, 48, 40, 32};  // rows of b in a tile
+constexpr int kFp8GemmSmallWidths[] = {96, 80, 64, 56, 48, 40, 32};  // rows of b in a tile
+constexpr int kFp8GemmSmallStages = 24;                              // at most
+constexpr int kFp8GemmSmallShared = 231424;                          // bytes, all of a multiprocessor's
 
 struct Fp8GemmSmallPlan {
-  int width;      // one of kFp8GemmSmallWidths
-  int cluster;    // blocks that share loads
-  int halves;     // 2: neighbours in a cluster share a tile and have 64 rows of a each
-  int rows;       // of a that a block has: m or 64, rounded up to whole swizzle atoms for each block that shares them
-  int64_t tiles;  // of b, a multiple of those of a cluster
-  int grid;       // blocks; each does halves * tiles / grid tiles, rounded up
+  int width;         // one of kFp8GemmSmallWidths
+  int halves;        // 2: neighbours have the same rows of b and 64 rows of a each
+  int teams;         // math warpgroups of a block, 64 rows of a each
+  int rows;          // of a that a block loads
+  int64_t tiles;     // of b, counted as if all blocks had as many as the one with most
+  int grid;          // blocks: halves for each part of b's rows
+  int stages;        // of the ring
+  int shared_bytes;  // dynamic
+  int ahead_bytes;   // of b's codes that a block asks the L2 cache for while it waits for the kernels ahead
 };
 
 constexpr bool fp8_gemm_small_takes(int64_t m, int b_group_rows) { return m <= kFp8GemmSmallRows && b_group_rows == 128; }
 
-// Two blocks that share a tile load half of it each, in swizzle atoms of 8 rows; 80 and 112 are twice 40 and 56.
-constexpr bool fp8_gemm_small_allowed(int width, int64_t m) { return m > 64 ? width % 16 == 0 : width != 80 && width != 112; }
-
 inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k, int sm_count) {
+  const auto cover = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
   Fp8GemmSmallPlan best{};
   int64_t best_clocks = 0;
-  // Clusters of two where loading a counts. Of four, an H100 holds fewer than 32 at once: a second wave doubles the time.
-  const int64_t cluster = m > 16 ? 2 : 1, halves = m > 64 ? 2 : 1;
-  const int64_t sharers = cluster / halves;  // of a; also the tiles of a cluster
-  const int64_t rows = m > 64 ? 64 : (m + 8 * cluster - 1) / (8 * cluster) * (8 * cluster);
-  const int64_t room = sm_count / cluster * cluster, blocks = room > cluster ? room : cluster;
-  for (const int width : kFp8GemmSmallWidths) {
-    if (!fp8_gemm_small_allowed(width, m)) continue;
-    const int64_t tiles = ((n + width - 1) / width + sharers - 1) / sharers * sharers;
-    const int64_t waves = (tiles * halves + blocks - 1) / blocks;
-    const int64_t grid = ((tiles * halves + waves - 1) / waves + cluster - 1) / cluster * cluster;
-    // Clocks of 128 of K when all blocks work: device memory, the L2 cache, and a multiprocessor's port and matrix unit. The first
-    // two are shared; a quarter of what a multiprocessor takes for itself stays visible, so more of them are better.
-    const int64_t memory = grid * width / halves * 128 / 1700, cache = grid * (rows / sharers + width / halves) * 128 / 3000;
-    const int64_t port = (rows + width) * 128 / 50, matrix = 2 * width + (width > 96 ? 160 : 60);
-    const int64_t shared = memory > cache ? memory : cache, own = port > matrix ? port : matrix;
-    const int64_t step = (shared > own ? shared : own) + own / 4;
-    const int64_t clocks = waves * ((k + 127) / 128 * step + 250);
-    if (best.width != 0 && clocks >= best_clocks) continue;
-    best = {width, static_cast<int>(cluster), static_cast<int>(halves), static_cast<int>(rows), tiles, static_cast<int>(grid)};
-    best_clocks = clocks;
+  const int most_halves = m > 64 && sm_count > 1 ? 2 : 1;
+  for (int halves = 1; halves <= most_halves; ++halves) {
+    const int64_t rows = halves == 2 ? 64 : (m + 7) / 8 * 8;
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(n / 16, sm_count / halves)), columns = cover(n / 8, parts) * 8;
+    for (const int width : kFp8GemmSmallWidths) {
+      // Clocks of 128 of K: device memory, what the L2 cache sends a multiprocessor, and its matrix unit. What is not the longest
+      // stays visible in part.
+      const int64_t waves = cover(columns, width), teams = cover(rows, 64);
+      const int64_t memory = n * 128 / 1700, port = (waves * rows + columns) * 128 / 46, matrix = waves * teams * (2 * width + 60);
+      const int64_t clocks = cover(k, 128) * (std::max({memory, port, matrix}) + std::max(port, matrix) / 8) + waves * 250;
+      if (best.width != 0 && clocks > best_clocks) continue;  // of equals the narrowest
+      best_clocks = clocks;
+      best.width = width;
+      best.halves = halves;
+      best.teams = static_cast<int>(teams);
+      best.rows = static_cast<int>(rows);
+      best.tiles = parts * waves;
+      best.grid = static_cast<int>(parts * halves);
+    }
   }
+  // More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair.
+  const int under_way = n * k < int64_t{64} << 20 ? 64 * 1024 : 80 * 1024;
+  best.shared_bytes = kFp8GemmSmallShared;
+  best.ahead_bytes = 32768;
+  const int stage_bytes = (best.rows + best.width) * 128 + best.teams * 256;
+  best.stages = std::min({kFp8GemmSmallStages, (best.shared_bytes - 1024) / stage_bytes, std::max(6, under_way / (best.width * 128))});
   return best;
 }
 

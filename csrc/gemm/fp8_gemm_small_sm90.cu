@@ -2,29 +2,30 @@
 //
 //   floor     n * k bytes of codes at the rate of device memory; a and out are small beside them. 16 MB is 5.5 us, so the start and
 //             the end of a kernel count as much as its loop.
-//   block     one tile of `width` rows of b at a time and 64 rows of a, the matrix instruction's fixed side (above 64 rows two
-//             neighbours have a tile together, half of a each); the width of b is its free one. The width is chosen so that whole waves of
-//             tiles load all multiprocessors alike. Only the rows that a has are loaded; the others are whatever shared memory holds, and
-//             so are their results, which nobody stores.
-//   producer  one thread brings 128 of K a stage into a ring: b's codes, read once; a's codes, from the L2 cache, in shares that
-//             each block of a cluster sends to all when a is large; a's scales.
-//   math      one warpgroup. For each stage: 4 wgmma (32 of K each) from zero into one of two or four sets of registers,
+//   block     an equal part of b's rows, in multiples of 8, for every multiprocessor; a few tiles of `width` rows one after the other.
+//             64 rows of a are the matrix instruction's fixed side, the width of b its free one. Above 64 rows of a, two math
+//             warpgroups share the tile (few bytes a product: for large b), or two blocks have 64 rows each of a tile twice as wide
+//             (the better shape where a part is narrow). Only the rows that a has are loaded; the others are whatever shared
+//             memory holds, and so are their results, which nobody stores.
+//   producer  one thread brings 128 of K a stage into a ring: b's codes; a's codes, from the L2 cache; a's scales. Blocks that read
+//             the same rows at the same time are served together on the way from the cache; explicit multicast in clusters was slower.
+//   math      a warpgroup for 64 rows. For each stage: 4 wgmma (32 of K each) from zero into one of two to four sets of registers,
 //             while the oldest set is promoted: acc += partial * (sa * sb). The tensor core always has the next products queued,
 //             so a stage costs no round trip. The same operations in the same order as the large kernel's (fp8_gemm_sm90.cu), so the
 //             same bits.
 //   overlap   the next kernel's blocks start where they find room once this one's last loads are asked for: they set up their
-//             barriers, ask the L2 cache for the first codes of b, and wait for this kernel's end. A block takes all of a
-//             multiprocessor's shared memory, for loads under way: two blocks with half each, which overlap sooner, were slower.
+//             barriers, ask the L2 cache for the first codes of b, and wait for this kernel's end. Only hints may come before that
+//             wait: the kernel ahead may have written any operand, b too.
 //
 // The tail of K arrives as zero codes with valid scales: it adds 0 * scale, which is NaN exactly when the block's scale is.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "core/barrier.cuh"
-#include "core/cluster.cuh"
 #include "core/cuda_check.h"
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
@@ -42,19 +43,16 @@ namespace {
 
 constexpr int kStepK = kFp8GemmStepK;
 constexpr int kAtomBytes = 1024;  // alignment of a swizzled tile
-constexpr int kScaleBytes = 64 * 4;
-constexpr int kMathWarps = 4;
-constexpr int kThreads = 32 * (kMathWarps + 1);
-constexpr int kMaxStages = 24;
-constexpr int kSharedBytes = 231424;  // dynamic
-constexpr int kAheadBytes = 32768;    // of b's codes that a block asks the L2 cache for while it waits for the kernels ahead
+constexpr int kTeamThreads = 128, kTeamRows = 64;
 
-template <int kWidth>
+// A team is a math warpgroup with 64 rows of a.
+template <int kWidth, int kTeamCount>
 struct Config {
-  static constexpr int kTileN = kWidth;
+  static constexpr int kTileN = kWidth, kTeams = kTeamCount;
   static constexpr int kBBytes = kTileN * kStepK;
-  static constexpr bool kTwoScales = 128 % kTileN != 0;  // a tile may reach into a second group of 128 rows of b
-  static constexpr int kSets = kTileN <= 56 ? 4 : 2;     // of partial sums; more would not fit the registers
+  static constexpr int kScaleBytes = kTeams * kTeamRows * 4;
+  static constexpr int kThreads = kTeams * kTeamThreads + 32;
+  static constexpr int kSets = kTileN <= 48 ? 4 : kTileN <= 64 ? 3 : 2;  // of partial sums; more would not fit the registers
   static constexpr int kLeastSteps = kSets - 1;
   static_assert(kBBytes % kAtomBytes == 0, "swizzled tiles are whole atoms");
 };
@@ -63,14 +61,15 @@ struct KernelArgs {
   GemmOutput output;
   const float* a_scales;
   const float* b_scales;
-  int64_t ld_a_scales, ld_b_scales;
-  uint32_t tiles;    // of b, a multiple of the cluster
-  int32_t steps;     // ceil(k / 128)
-  uint32_t cluster;  // blocks that share loads
-  uint32_t halves;   // 2: neighbours in a cluster have the same tile and 64 rows of a each
-  uint32_t rows;     // of a in a stage
+  const uint8_t* b;
+  int64_t ld_a_scales, ld_b_scales, ldb;
+  uint32_t least, more;  // 8 rows of b: each block has `least` of them, the first `more` blocks one more
+  uint32_t narrow_rows;  // of b in the second of its maps, for tiles that need no more
+  int32_t steps;         // ceil(k / 128)
+  uint32_t halves;       // 2: neighbours have the same rows of b and 64 rows of a each
+  uint32_t rows;         // of a in a stage
   uint32_t stages;
-  int32_t ahead;            // steps whose codes of b are asked for before the kernels ahead have ended
+  uint32_t ahead_bytes;     // of each row of the first tile of b, asked for before the kernels ahead have ended
   uint32_t scale_bytes[2];  // of a's scales for 128 of K, in each half
   int32_t scale_rows;       // of b_scales
 
@@ -78,9 +77,17 @@ struct KernelArgs {
   __device__ __forceinline__ uint32_t a_bytes() const { return rows * kStepK; }
   __device__ __forceinline__ uint32_t b_at() const { return stages * a_bytes(); }
   __device__ __forceinline__ uint32_t half() const { return halves == 2 ? blockIdx.x % 2 : 0; }
-  __device__ __forceinline__ uint32_t first_tile() const { return blockIdx.x / halves; }
-  __device__ __forceinline__ uint32_t tile_stride() const { return gridDim.x / halves; }
 };
+
+// The rows of b that a block multiplies.
+struct Part {
+  int32_t begin, end;
+};
+
+__device__ __forceinline__ Part part_of(const KernelArgs& args) {
+  const uint32_t block = args.halves == 2 ? blockIdx.x / 2 : blockIdx.x, begin = block * args.least + min(block, args.more);
+  return {static_cast<int32_t>(8 * begin), static_cast<int32_t>(8 * (begin + args.least + (block < args.more ? 1 : 0)))};
+}
 
 struct Ring {
   uint32_t stage = 0, parity = 0;
@@ -94,43 +101,35 @@ struct Ring {
 };
 
 struct Barriers {
-  uint64_t full[kMaxStages], empty[kMaxStages];
+  uint64_t full[kFp8GemmSmallStages], empty[kFp8GemmSmallStages];
+};
+
+struct Maps {
+  CUtensorMap a, b, narrow_b;
 };
 
 template <class C>
-__device__ __forceinline__ void produce(const CUtensorMap* a, const CUtensorMap* b, const KernelArgs& args, uint32_t shared, uint32_t full,
-                                        uint32_t empty) {
-  const uint64_t once = l2_evict_first();
-  const uint32_t rank = args.cluster > 1 ? cluster_rank() : 0, half = args.half();
-  // This block's share of a: for the blocks of its half, every halves-th of the cluster. Of b: for the two of its tile.
-  const uint32_t sharers = args.cluster / args.halves, share_rows = args.rows / sharers, a_from = rank / args.halves * share_rows;
-  const uint32_t everyone = (1u << args.cluster) - 1;
-  const auto a_blocks = static_cast<uint16_t>((args.halves == 2 ? 0x5555u << half : 0xFFFFu) & everyone);
-  const auto b_blocks = static_cast<uint16_t>(3u << (rank & ~1u));
-  const uint32_t a_bytes = args.a_bytes(), b_from = half * (C::kTileN / 2);
+__device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full, uint32_t empty) {
+  const uint64_t policy = l2_evict_first();  // two blocks with halves of a read b at about the same time
+  const uint32_t half = args.half(), a_bytes = args.a_bytes(), scale_bytes = args.scale_bytes[half];
   const uint32_t b_at = shared + args.b_at(), scales_at = b_at + args.stages * C::kBBytes;
-  const uint32_t bytes = a_bytes + C::kBBytes + args.scale_bytes[half];
-  const float* a_scales = args.a_scales + 64 * half;
+  const int32_t a_row = static_cast<int32_t>(kTeamRows * half);
+  const float* a_scales = args.a_scales + a_row;
+  const Part part = part_of(args);
 
   Ring at;
-  for (uint32_t tile = args.first_tile(); tile < args.tiles; tile += args.tile_stride()) {
-    for (int32_t step = 0; step < args.steps; ++step, at.advance(args.stages)) {
+  for (int32_t row = part.begin; row < part.end; row += C::kTileN) {
+    const bool narrow = part.end - row <= static_cast<int32_t>(args.narrow_rows);
+    const CUtensorMap* b = narrow ? &maps.narrow_b : &maps.b;
+    const uint32_t bytes = a_bytes + (narrow ? args.narrow_rows * kStepK : C::kBBytes) + scale_bytes;
+    const float* scales = a_scales;
+    for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, scales += args.ld_a_scales, at.advance(args.stages)) {
       const uint32_t barrier = full + 8 * at.stage;
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
       barrier_arrive_expect(barrier, bytes);
-      const uint32_t a_to = shared + at.stage * a_bytes, b_to = b_at + at.stage * C::kBBytes;
-      const int32_t k = step * kStepK, column = tile * C::kTileN;
-      if (args.halves == 2) {
-        tma_load_2d_multicast_policy(b_to + b_from * kStepK, b, barrier, k, column + b_from, b_blocks, once);
-      } else {
-        tma_load_2d_policy(b_to, b, barrier, k, column, once);
-      }
-      if (sharers > 1) {
-        tma_load_2d_multicast(a_to + a_from * kStepK, a, barrier, k, 64 * half + a_from, a_blocks);
-      } else {
-        tma_load_2d(a_to, a, barrier, k, 64 * half);
-      }
-      bulk_load(scales_at + at.stage * kScaleBytes, a_scales + step * args.ld_a_scales, args.scale_bytes[half], barrier);
+      tma_load_2d_policy(b_at + at.stage * C::kBBytes, b, barrier, k, row, policy);
+      tma_load_2d(shared + at.stage * a_bytes, &maps.a, barrier, k, a_row);
+      bulk_load(scales_at + at.stage * C::kScaleBytes, scales, scale_bytes, barrier);
     }
     for (int32_t step = args.steps; step < C::kLeastSteps; ++step, at.advance(args.stages)) {  // empty stages
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
@@ -148,27 +147,34 @@ struct LaneScales {
   float near = 0.0f, far = 0.0f;
 };
 
-template <class C>
-__device__ __forceinline__ LaneScales load_b_scales(const KernelArgs& args, uint32_t tile, int32_t step, uint32_t lane) {
+__device__ __forceinline__ LaneScales load_b_scales(const KernelArgs& args, int32_t row, int32_t step, uint32_t lane) {
   LaneScales scales;
-  const int32_t group = static_cast<int32_t>(tile * C::kTileN / 128), at = step + static_cast<int32_t>(lane);
-  if (tile < args.tiles && at < args.steps) {
+  const int32_t group = row / 128, at = step + static_cast<int32_t>(lane);
+  if (at < args.steps) {
     scales.near = __ldcg(args.b_scales + min(group, args.scale_rows - 1) * args.ld_b_scales + at);
-    if (C::kTwoScales) scales.far = __ldcg(args.b_scales + min(group + 1, args.scale_rows - 1) * args.ld_b_scales + at);
+    scales.far = __ldcg(args.b_scales + min(group + 1, args.scale_rows - 1) * args.ld_b_scales + at);
   }
   return scales;
 }
 
-// Into the L2 cache: b's scales and the bias of the block's first tile. Two warps of threads are enough.
+// Into the L2 cache: by one thread the first codes of the block's first tile (of two blocks that share it, the second the next ones), ...
 template <class C>
-__device__ __forceinline__ void prefetch_first_scales(const KernelArgs& args) {
+__device__ __forceinline__ void prefetch_first_codes(const KernelArgs& args) {
+  const Part part = part_of(args);
+  const uint8_t* at = args.b + part.begin * args.ldb + args.half() * args.ahead_bytes;
+  for (int32_t rows = min(part.end - part.begin, C::kTileN); rows > 0; --rows, at += args.ldb) bulk_prefetch_l2(at, args.ahead_bytes);
+}
+
+// ... by one warp its scales and its bias.
+template <class C>
+__device__ __forceinline__ void prefetch_first_scales(const KernelArgs& args, uint32_t lane) {
   constexpr int32_t kLine = 32;  // floats
-  const int32_t column = static_cast<int32_t>(args.first_tile()) * C::kTileN, thread = static_cast<int32_t>(threadIdx.x) - 32;
-  const int32_t group = min(column / 128 + thread % 2, args.scale_rows - 1), at = thread / 2 * kLine;
-  if (at < args.steps) prefetch_l2(args.b_scales + group * args.ld_b_scales + at);
+  const int32_t row = part_of(args).begin, index = static_cast<int32_t>(lane);
+  const int32_t group = min(row / 128 + index % 2, args.scale_rows - 1);
+  if (index / 2 * kLine < args.steps) prefetch_l2(args.b_scales + group * args.ld_b_scales + index / 2 * kLine);
   const GemmOutput& o = args.output;
-  const int32_t bytes = o.bias_type == DType::f32 ? 4 : 2, biased = column + thread * kLine;
-  if (o.bias != nullptr && thread * kLine < C::kTileN && biased < o.n)
+  const int32_t bytes = o.bias_type == DType::f32 ? 4 : 2, biased = row + index * kLine;
+  if (o.bias != nullptr && index * kLine < C::kTileN && biased < o.n)
     prefetch_l2(static_cast<const uint8_t*>(o.bias) + biased * int64_t{bytes});
 }
 
@@ -183,7 +189,7 @@ __device__ __forceinline__ void promote(float (&acc)[C::kTileN / 2], const float
                                         int split) {
 #pragma unroll
   for (int j = 0; j < C::kTileN / 8; ++j) {
-    const bool far = C::kTwoScales && j >= split;
+    const bool far = j >= split;
     const float upper = far ? s.far_upper : s.upper, lower = far ? s.far_lower : s.lower;
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
@@ -240,15 +246,15 @@ template <class C>
 __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* memory, uint32_t shared, uint32_t full, uint32_t empty) {
   constexpr int kCount = C::kTileN / 2;
   const uint32_t lane = threadIdx.x % 32;
-  const uint32_t lane_row = threadIdx.x / 32 * 16 + lane / 4;  // the lane's upper row among 64
-  const uint32_t b_at = args.b_at();
+  const uint32_t team = warp_uniform(threadIdx.x / kTeamThreads), lane_row = threadIdx.x / 32 * 16 + lane / 4;  // its upper row
+  const uint32_t a_at = shared + team * kTeamRows * kStepK, b_at = args.b_at();
+  const Part part = part_of(args);
   const float* a_scales = reinterpret_cast<const float*>(memory + b_at + args.stages * C::kBBytes) + lane_row;
 
   Ring asked, done;  // the stage whose products start next, and the one whose products are promoted next
   LaneScales b_scales, next_b_scales;
-  if (args.steps > 0) next_b_scales = load_b_scales<C>(args, args.first_tile(), 0, lane);
-  for (uint32_t tile = args.first_tile(); tile < args.tiles; tile += args.tile_stride()) {
-    const int32_t column = static_cast<int32_t>(tile) * C::kTileN;
+  next_b_scales = load_b_scales(args, part.begin, 0, lane);
+  for (int32_t column = part.begin; column < part.end; column += C::kTileN) {
     const int split = (128 - column % 128) / 8;
 
     float acc[kCount];
@@ -258,7 +264,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
     // Partial sums of a step: started, ...
     auto start = [&](float (&partial)[kCount]) __attribute__((always_inline)) {
       barrier_wait(full + 8 * asked.stage, asked.parity);
-      const uint64_t a = wgmma_operand(shared + asked.stage * args.a_bytes());
+      const uint64_t a = wgmma_operand(a_at + asked.stage * args.a_bytes());
       const uint64_t b = wgmma_operand(shared + b_at + asked.stage * C::kBBytes);
       pin_registers(partial);
       wgmma_fence();
@@ -275,24 +281,19 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
       if (step % 32 == 0) {
         b_scales = next_b_scales;
         const bool last = step + 32 >= args.steps;
-        next_b_scales = load_b_scales<C>(args, last ? tile + args.tile_stride() : tile, last ? 0 : step + 32, lane);
+        next_b_scales = load_b_scales(args, last ? column + C::kTileN : column, last ? 0 : step + 32, lane);
       }
-      const float* at = a_scales + done.stage * (kScaleBytes / 4);
+      const float* at = a_scales + done.stage * (C::kScaleBytes / 4);
       const float upper = at[0], lower = at[8];
       const float near = __shfl_sync(0xFFFFFFFFu, b_scales.near, step % 32);
-      const float far = C::kTwoScales ? __shfl_sync(0xFFFFFFFFu, b_scales.far, step % 32) : 0.0f;
+      const float far = __shfl_sync(0xFFFFFFFFu, b_scales.far, step % 32);
       return StepScales{upper * near, lower * near, upper * far, lower * far};
     };
     // ... and, once the products have arrived, promoted. The stage goes back first.
     auto finish = [&](float (&partial)[kCount], const StepScales& scales) __attribute__((always_inline)) {
       pin_registers(partial);
       __syncwarp();  // every lane has read the stage
-      const uint32_t barrier = empty + 8 * done.stage;
-      if (args.cluster == 1) {
-        if (lane == 0) barrier_arrive(barrier);
-      } else if (lane < args.cluster) {
-        cluster_barrier_arrive(cluster_address(barrier, lane));
-      }
+      if (lane == 0) barrier_arrive(empty + 8 * done.stage);
       done.advance(args.stages);
       if (C::kLeastSteps == 1 || step < args.steps) promote<C>(acc, partial, scales, split);
       ++step;
@@ -319,101 +320,110 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
         return true;
       };
       while (turn(Index<0>{}) && turn(Index<1>{})) {
-        if constexpr (C::kSets == 4) {
-          if (!turn(Index<2>{}) || !turn(Index<3>{})) return;
+        if constexpr (C::kSets > 2) {
+          if (!turn(Index<2>{})) return;
+        }
+        if constexpr (C::kSets > 3) {
+          if (!turn(Index<3>{})) return;
         }
       }
     };
     if (args.steps > 0) run();
 
-    write_tile(args.output, acc, static_cast<int32_t>(64 * args.half() + lane_row), column, lane);
+    GemmOutput output = args.output;
+    output.n = part.end;
+    write_tile(output, acc, static_cast<int32_t>(kTeamRows * args.half() + lane_row), column, lane);
     __syncwarp();  // the next tile's matrix instructions want whole warps
   }
 }
 
 template <class C>
-__global__ void __launch_bounds__(kThreads, 1)
-    fp8_gemm_small_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
-                          const __grid_constant__ KernelArgs args) {
+__global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
+    fp8_gemm_small_kernel(const __grid_constant__ Maps maps, const __grid_constant__ KernelArgs args) {
   extern __shared__ uint8_t unaligned[];
   __shared__ Barriers barriers;
   uint8_t* memory = unaligned + (-shared_address(unaligned) & (kAtomBytes - 1));
   const uint32_t shared = shared_address(memory), full = shared_address(barriers.full), empty = shared_address(barriers.empty);
-  const bool producer = warp_uniform(threadIdx.x / 32) == kMathWarps;
+  const uint32_t warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
+  const bool producer = warp == 4 * C::kTeams;
 
-  if (producer) {
-    if (elect_lane() && args.steps > 0) {  // else the maps are not filled in
-      tma_prefetch_map(&b);
-      tma_prefetch_map(&a);
-      const uint32_t b_from = args.half() * (C::kTileN / 2);  // the map's box is what a block loads
-      for (int32_t step = 0; step < args.ahead; ++step) tma_prefetch_2d(&b, step * kStepK, args.first_tile() * C::kTileN + b_from);
-    }
-    __syncwarp();
-  } else if (threadIdx.x >= 32) {
-    prefetch_first_scales<C>(args);
-  } else if (threadIdx.x == 0) {
-    for (uint32_t stage = 0; stage < args.stages; ++stage) {
-      barrier_init(full + 8 * stage, 1);
-      barrier_init(empty + 8 * stage, kMathWarps * args.cluster);  // one lane of each math warp of the cluster
-    }
+  if (producer && args.steps > 0 && elect_lane()) {  // without steps the maps are not filled in
+    tma_prefetch_map(&maps.b);
+    tma_prefetch_map(&maps.narrow_b);
+    tma_prefetch_map(&maps.a);
+  }
+  if (warp == 3) prefetch_first_scales<C>(args, lane);
+  if (warp < 2 && elect_lane()) {
+    const uint32_t arrivals = warp == 0 ? 1 : 4 * C::kTeams;  // the producer's; one lane's of each math warp
+    for (uint32_t stage = 0; stage < args.stages; ++stage) barrier_init((warp == 0 ? full : empty) + 8 * stage, arrivals);
     barrier_init_fence();
   }
   __syncthreads();
-  if (args.cluster > 1) cluster_meet();
-  wait_for_earlier_kernels();
 
   if (producer) {
-    if (args.steps > 0 && elect_lane()) produce<C>(&a, &b, args, shared, full, empty);
-    __syncwarp();
+    if (args.steps > 0 && elect_lane()) {
+      if (args.ahead_bytes > 0) prefetch_first_codes<C>(args);
+      wait_for_earlier_kernels();
+      produce<C>(maps, args, shared, full, empty);
+    }
   } else {
+    wait_for_earlier_kernels();
     multiply<C>(args, memory, shared, full, empty);
   }
-  // The other block arrives at this one's barriers until it has read its last stage; ordered, or such an arrival could come after the end.
-  if (args.cluster > 1) cluster_sync();
 }
 
 template <class C>
 void launch(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, cudaStream_t stream) {
   constexpr auto kernel = fp8_gemm_small_kernel<C>;
-  allow_shared_memory<kernel>(kSharedBytes, device, "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
+  allow_shared_memory<kernel>(kFp8GemmSmallShared, device, "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
 
+  const int64_t parts = plan.grid / plan.halves, least = args.n / 8 / parts * 8;
   KernelArgs kernel_args{};
   kernel_args.output = gemm_output(args);
   kernel_args.a_scales = args.a_scales;
   kernel_args.b_scales = args.b_scales;
+  kernel_args.b = args.b;
   kernel_args.ld_a_scales = args.ld_a_scales;
   kernel_args.ld_b_scales = args.ld_b_scales;
-  kernel_args.tiles = static_cast<uint32_t>(plan.tiles);
+  kernel_args.ldb = args.ldb;
+  kernel_args.least = static_cast<uint32_t>(least / 8);
+  kernel_args.more = static_cast<uint32_t>(args.n / 8 % parts);
+  kernel_args.narrow_rows = static_cast<uint32_t>(least - (least - 1) / C::kTileN * C::kTileN);
   kernel_args.steps = static_cast<int32_t>((args.k + kStepK - 1) / kStepK);
-  kernel_args.cluster = static_cast<uint32_t>(plan.cluster);
   kernel_args.halves = static_cast<uint32_t>(plan.halves);
   kernel_args.rows = static_cast<uint32_t>(plan.rows);
-  const uint32_t stage_bytes = kernel_args.rows * kStepK + C::kBBytes + kScaleBytes;
-  kernel_args.stages = std::min<uint32_t>(kMaxStages, (kSharedBytes - kAtomBytes) / stage_bytes);
-  kernel_args.ahead = std::min(kernel_args.steps, kAheadBytes / C::kBBytes);
+  kernel_args.stages = static_cast<uint32_t>(plan.stages);
+  kernel_args.ahead_bytes =
+      static_cast<uint32_t>(std::min<int64_t>(plan.ahead_bytes / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
+  const int64_t block_rows = plan.halves == 2 ? kTeamRows : 2 * kTeamRows;
   const auto scale_bytes = [&](int64_t rows) { return static_cast<uint32_t>((rows + 3) / 4 * 16); };
-  kernel_args.scale_bytes[0] = scale_bytes(std::min<int64_t>(args.m, 64));
-  kernel_args.scale_bytes[1] = scale_bytes(std::max<int64_t>(args.m - 64, 0));
+  kernel_args.scale_bytes[0] = scale_bytes(std::min(args.m, block_rows));
+  kernel_args.scale_bytes[1] = scale_bytes(std::max<int64_t>(args.m - block_rows, 0));
   kernel_args.scale_rows = static_cast<int32_t>((args.n + 127) / 128);
 
-  CUtensorMap a{}, b{};  // unused when k is 0
+  Maps maps{};  // unused when k is 0
   if (kernel_args.steps > 0) {
-    a = fp8_gemm_codes_map(args.a, args.m, args.k, args.lda, plan.rows * plan.halves / plan.cluster);
-    b = fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, C::kTileN / plan.halves);
+    maps.a = fp8_gemm_codes_map(args.a, args.m, args.k, args.lda, plan.rows);
+    maps.b = fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, C::kTileN);
+    const int narrow = static_cast<int>(kernel_args.narrow_rows);
+    maps.narrow_b = narrow == C::kTileN ? maps.b : fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, narrow);
   }
 
-  cudaLaunchAttribute attributes[2] = {};
-  attributes[0] = early_start();
-  attributes[1].id = cudaLaunchAttributeClusterDimension;
-  attributes[1].val.clusterDim = {static_cast<unsigned>(plan.cluster), 1, 1};
+  cudaLaunchAttribute attributes[] = {early_start()};
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid);
-  config.blockDim = dim3(kThreads);
-  config.dynamicSmemBytes = kSharedBytes;
+  config.blockDim = dim3(C::kThreads);
+  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
   config.stream = stream;
   config.attrs = attributes;
-  config.numAttrs = plan.cluster > 1 ? 2 : 1;
-  cuda_check(cudaLaunchKernelEx(&config, kernel, a, b, kernel_args), "fp8_gemm: launching the kernel");
+  config.numAttrs = 1;
+  cuda_check(cudaLaunchKernelEx(&config, kernel, maps, kernel_args), "fp8_gemm: launching the kernel");
+}
+
+template <int kWidth>
+void launch_teams(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, cudaStream_t stream) {
+  if (plan.teams == 2) return launch<Config<kWidth, 2>>(args, plan, device, stream);
+  launch<Config<kWidth, 1>>(args, plan, device, stream);
 }
 
 }  // namespace
@@ -421,14 +431,13 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, c
 void fp8_gemm_small_sm90(const Fp8GemmArgs& args, int device, cudaStream_t s) {
   const Fp8GemmSmallPlan plan = fp8_gemm_small_plan(args.m, args.n, args.k, multiprocessors(device));
   switch (plan.width) {
-    case 112: return launch<Config<112>>(args, plan, device, s);
-    case 96: return launch<Config<96>>(args, plan, device, s);
-    case 80: return launch<Config<80>>(args, plan, device, s);
-    case 64: return launch<Config<64>>(args, plan, device, s);
-    case 56: return launch<Config<56>>(args, plan, device, s);
-    case 48: return launch<Config<48>>(args, plan, device, s);
-    case 40: return launch<Config<40>>(args, plan, device, s);
-    default: return launch<Config<32>>(args, plan, device, s);
+    case 96: return launch_teams<96>(args, plan, device, s);
+    case 80: return launch_teams<80>(args, plan, device, s);
+    case 64: return launch_teams<64>(args, plan, device, s);
+    case 56: return launch_teams<56>(args, plan, device, s);
+    case 48: return launch_teams<48>(args, plan, device, s);
+    case 40: return launch_teams<40>(args, plan, device, s);
+    default: return launch_teams<32>(args, plan, device, s);
   }
 }
 

@@ -9,7 +9,7 @@ from eightfold.reference import quant as reference_quant
 from products import on_device, operand
 
 
-@pytest.mark.parametrize("n", [16, 4096, 4608, 6144, 7168, 8448, 24576])  # a tile width each, on 132 multiprocessors
+@pytest.mark.parametrize("n", [16, 4608, 6144, 7168, 8448, 28672, 24576])  # a tile width each, on 132 multiprocessors
 def test_few_rows_give_the_bits_of_many(device, n):
     k = 272  # three groups, the last ragged
     b = operand(n, k, (128, 128), device)
@@ -21,7 +21,7 @@ def test_few_rows_give_the_bits_of_many(device, n):
         return gemm.fp8_gemm(on_device(a, device), b, bias)
 
     whole = product(x)
-    for m in (1, 8, 17, 64, 65, 127, 128):
+    for m in (1, 8, 17, 64, 65, 100, 127, 128):
         assert torch.equal(product(x[m : 2 * m]), whole[m : 2 * m]), m
 
 
@@ -68,3 +68,38 @@ def test_kernels_that_start_early_wait_for_what_they_read(m):
     for _ in range(3):
         graph.replay()
         assert all(torch.equal(t, e) for t, e in zip(results, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "n", [208, 2112, 4112, 8464]
+)  # parts of b's rows that differ in length and meet inside groups of 128
+@pytest.mark.parametrize("k", [400, 1552])
+def test_rows_inside_a_large_product(n, k):
+    x = torch.randn(4096, k, device="cuda") * 10 ** torch.empty(4096, 1, device="cuda").uniform_(-3, 3)
+    b = quant.quantize(torch.randn(n, k, device="cuda").bfloat16(), (128, 128))
+
+    def product(rows):
+        return gemm.fp8_gemm(quant.quantize(rows.bfloat16().contiguous(), (1, 128)), b)
+
+    whole = product(x)
+    for m in (1, 64, 65, 128):
+        for start in (0, 1111, 4096 - m):
+            assert torch.equal(product(x[start : start + m]), whole[start : start + m]), (m, start)
+
+
+@pytest.mark.gpu
+def test_three_streams_at_once():
+    """Blocks of several kernels share a multiprocessor; each waits for its own stream's only."""
+    streams = [torch.cuda.Stream() for _ in range(3)]
+    weights = [quant.quantize(torch.randn(4096, 2048, device="cuda").bfloat16(), (128, 128)) for _ in streams]
+    rows = [quant.quantize(torch.randn(m, 2048, device="cuda").bfloat16(), (1, 128)) for m in (1, 64, 128)]
+    expected = [gemm.fp8_gemm(a, b) for a, b in zip(rows, weights, strict=True)]
+    torch.cuda.synchronize()
+    results = [[] for _ in streams]
+    for _ in range(20):
+        for stream, a, b, many in zip(streams, rows, weights, results, strict=True):
+            with torch.cuda.stream(stream):
+                many.append(gemm.fp8_gemm(a, b))
+    torch.cuda.synchronize()
+    assert all(torch.equal(r, e) for many, e in zip(results, expected, strict=True) for r in many)
