@@ -89,6 +89,8 @@ Casts norm_and_cast(RmsNorm& norm, const Tensor& x, bool training, const char* o
   norm.x_rows = out.x.view;
   norm.y_cols = out.y_cols.view;
   if (training) norm.rstd = static_cast<float*>(out.rstd.data_ptr());
+  Tensor workspace = empty({training && !x.is_cpu() ? training_workspace(norm.rows, norm.cols) : 0}, ScalarType::Float, x);
+  norm.workspace = static_cast<float*>(workspace.data_ptr());
   run(norm, x, op);
   return out;
 }

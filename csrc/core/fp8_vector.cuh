@@ -13,7 +13,8 @@
 namespace eightfold {
 
 // Eight consecutive elements of a row as they lie in memory. T is float or __nv_bfloat16. Maxima are taken on the words
-// themselves, two bf16 magnitudes at once; integer order puts NaN above Inf above all else.
+// themselves, two bf16 at once; NaN is above Inf, Inf above all else. Between magnitude() and *_bits(), a word is a maximum whose signs
+// mean nothing.
 template <class T>
 struct Octet;
 
@@ -41,15 +42,15 @@ struct Octet<__nv_bfloat16> {
   __device__ float value(int j) const { return __uint_as_float(j & 1 ? words[j / 2] & 0xFFFF0000u : words[j / 2] << 16); }
   __device__ void set(const float (&v)[8]) {  // rounds to nearest even
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      __nv_bfloat162 pair = __floats2bfloat162_rn(v[2 * j], v[2 * j + 1]);
-      words[j] = static_cast<uint32_t>(__bfloat16_as_ushort(pair.x)) | static_cast<uint32_t>(__bfloat16_as_ushort(pair.y)) << 16;
-    }
+    for (int j = 0; j < 4; ++j) asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(words[j]) : "f"(v[2 * j + 1]), "f"(v[2 * j]));
   }
-  static __device__ uint32_t magnitude(uint32_t word) { return word & 0x7FFF7FFFu; }
-  static __device__ uint32_t larger(uint32_t a, uint32_t b) { return __vmaxu2(a, b); }
-  static __device__ uint32_t amax_bits(uint32_t word, int i) { return i ? word & 0xFFFF0000u : word << 16; }
-  static __device__ uint32_t widest_bits(uint32_t word) { return max(word << 16, word & 0xFFFF0000u); }
+  static __device__ uint32_t magnitude(uint32_t word) { return word; }
+  static __device__ uint32_t larger(uint32_t a, uint32_t b) {  // by magnitude, the signs multiplied; a NaN becomes 0x7FFF
+    asm("max.NaN.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(a) : "r"(a), "r"(b));
+    return a;
+  }
+  static __device__ uint32_t amax_bits(uint32_t word, int i) { return (i ? word : word << 16) & 0x7FFF0000u; }
+  static __device__ uint32_t widest_bits(uint32_t word) { return max(amax_bits(word, 0), amax_bits(word, 1)); }
 };
 
 // Eight E4M3 codes of one row with the scale of their group: a third of the registers of the eight values.
@@ -57,8 +58,12 @@ struct ScaledCodes;
 
 template <>
 struct Octet<ScaledCodes> {
-  static constexpr int kWords = 3;
+  static constexpr int kPerWord = 1, kWords = 3;
   uint32_t words[3];  // codes, codes, scale
+
+  // Its maxima are fp32 bits.
+  static __device__ uint32_t larger(uint32_t a, uint32_t b) { return max(a, b); }
+  static __device__ uint32_t amax_bits(uint32_t word, int) { return word; }
 
   __device__ float value(int j) const {
     const uint32_t pair = words[j / 4] >> (j / 2 % 2 * 16);
@@ -67,39 +72,33 @@ struct Octet<ScaledCodes> {
   }
 };
 
-template <int kRows>
-__device__ __forceinline__ void octets_amax(const Octet<ScaledCodes> (&x)[kRows], uint32_t (&amax)[8]) {
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    amax[j] = 0;
-#pragma unroll
-    for (int p = 0; p < kRows; ++p) amax[j] = max(amax[j], __float_as_uint(x[p].value(j)) & 0x7FFFFFFFu);
-    amax[j] = max(amax[j], __shfl_xor_sync(0xFFFFFFFFu, amax[j], 16));
-  }
-}
-
-// Largest magnitude of an octet, as fp32 bits.
+// Maxima of an octet, as one word, and of octets that lie below each other, as the words of an octet.
 template <class T>
-__device__ __forceinline__ uint32_t octet_amax(const Octet<T>& x) {
+__device__ __forceinline__ uint32_t octet_maximum(const Octet<T>& x) {
   uint32_t word = Octet<T>::magnitude(x.words[0]);
 #pragma unroll
   for (int w = 1; w < Octet<T>::kWords; ++w) word = Octet<T>::larger(word, Octet<T>::magnitude(x.words[w]));
-  return Octet<T>::widest_bits(word);
+  return word;
 }
 
-// Largest magnitudes by column of octets that lie below each other, in this lane and the one 16 away, as fp32 bits.
 template <class T, int kRows>
-__device__ __forceinline__ void octets_amax(const Octet<T> (&x)[kRows], uint32_t (&amax)[8]) {
-  uint32_t words[Octet<T>::kWords];
+__device__ __forceinline__ void octets_maxima(const Octet<T> (&x)[kRows], uint32_t (&words)[8 / Octet<T>::kPerWord]) {
 #pragma unroll
   for (int w = 0; w < Octet<T>::kWords; ++w) {
     words[w] = Octet<T>::magnitude(x[0].words[w]);
 #pragma unroll
     for (int p = 1; p < kRows; ++p) words[w] = Octet<T>::larger(words[w], Octet<T>::magnitude(x[p].words[w]));
-    words[w] = Octet<T>::larger(words[w], __shfl_xor_sync(0xFFFFFFFFu, words[w], 16));
   }
+}
+
+template <int kRows>
+__device__ __forceinline__ void octets_maxima(const Octet<ScaledCodes> (&x)[kRows], uint32_t (&words)[8]) {
 #pragma unroll
-  for (int j = 0; j < 8; ++j) amax[j] = Octet<T>::amax_bits(words[j / Octet<T>::kPerWord], j % Octet<T>::kPerWord);
+  for (int j = 0; j < 8; ++j) {
+    words[j] = 0;
+#pragma unroll
+    for (int p = 0; p < kRows; ++p) words[j] = max(words[j], __float_as_uint(x[p].value(j)) & 0x7FFFFFFFu);
+  }
 }
 
 // The same octet, of which the compiler knows nothing: it unpacks the words again instead of keeping the eight values in registers

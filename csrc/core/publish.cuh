@@ -1,30 +1,21 @@
-// A word that one block writes when what it made is in memory, and that others of the same launch wait for.
+// A count in device memory by which blocks of one launch say what is done, and on which others wait.
 #pragma once
 
 #include <cstdint>
 
 namespace eightfold {
 
-// kOrdered: what this thread wrote, and what it knows others to have written (after a barrier), is there for whoever reads `value`.
-template <bool kOrdered>
-__device__ __forceinline__ void publish(float* at, float value) {
-  if (kOrdered)
-    asm volatile("st.release.gpu.global.b32 [%0], %1;" ::"l"(at), "r"(__float_as_uint(value)) : "memory");
-  else
-    asm volatile("st.relaxed.gpu.global.b32 [%0], %1;" ::"l"(at), "r"(__float_as_uint(value)) : "memory");
+// Adds one. What this thread wrote, and what it knows others to have written (after a barrier), is there for whoever sees the count.
+__device__ __forceinline__ void count_one(uint32_t* count) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
 }
 
-// The word once it is no longer `unwritten`. The block that publishes it must already run, or start without waiting for this one.
-template <bool kOrdered>
-__device__ __forceinline__ float await_published(const float* at, uint32_t unwritten) {
-  uint32_t word;
+// Until the count is reached. The blocks that count must already run, or start without waiting for this one.
+__device__ __forceinline__ void await_count(const uint32_t* count, uint32_t reached) {
+  uint32_t seen;
   do {
-    if (kOrdered)
-      asm volatile("ld.acquire.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
-    else
-      asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(word) : "l"(at) : "memory");
-  } while (word == unwritten);
-  return __uint_as_float(word);
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+  } while (seen < reached);
 }
 
 }  // namespace eightfold

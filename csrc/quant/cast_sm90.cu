@@ -1,5 +1,6 @@
 // The casts alone, on Hopper: sources for the tile kernel, and the two kernels that move codes without quantising.
 #include "quant/cast.h"
+#include "quant/row_cast.cuh"
 #include "quant/tile_cast.cuh"
 
 namespace eightfold::quant {
@@ -24,9 +25,9 @@ struct TensorSource {
   __device__ TensorSource(const T* data, int64_t rows, int64_t cols, int64_t ld, bool vector)
       : rows(rows), cols(cols), vector(vector), data(data), ld(ld) {}
 
-  template <bool kVector>
+  template <bool kVector, bool kFull>
   __device__ __forceinline__ Octet<T> load(int64_t row, int64_t col) const {
-    return load_octet<kVector>(data + row * ld + col, octet_count(row, col, rows, cols));
+    return load_octet<kVector>(data + row * ld + col, kFull ? 8 : octet_count(row, col, rows, cols));
   }
 };
 
@@ -49,17 +50,13 @@ struct CodesSource {
         scales(x.scales),
         scale_ld(x.scale_ld) {}
 
-  template <bool kVector>
+  template <bool kVector, bool kFull>
   __device__ __forceinline__ Octet<ScaledCodes> load(int64_t row, int64_t col) const {
-    const int count = octet_count(row, col, rows, cols);
+    const int count = kFull ? 8 : octet_count(row, col, rows, cols);
     const uint2 octet = load_codes8<kVector>(codes + row * ld + col, count);
     return {{octet.x, octet.y, count ? __float_as_uint(__ldg(scales + row + col / 128 * scale_ld)) : 0}};
   }
 };
-
-TileOutput output(const Quantized& rows, const Quantized& cols) {
-  return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
-}
 
 // CTAs on an SM, by what the values cost in registers.
 template <class T>
@@ -68,7 +65,7 @@ constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
 template <class T>
 void quantize_typed(const Input& x, Group group, const Quantized& out, bool power_of_two, cudaStream_t stream) {
   const TensorSource<T> source(x);
-  const TileOutput to = output(out, out);
+  const TileOutput to = tile_output(out, out);
   switch (group) {
     case Group::row128: return launch_tile_cast<kBlocks<T>, kRows128>(source, to, power_of_two, stream);
     case Group::row16: return launch_tile_cast<kBlocks<T>, kRows16>(source, to, power_of_two, stream);
@@ -97,7 +94,7 @@ struct PartsOf {
 // A tile of several tensors lies in one of them, which then reads as if it were the whole.
 template <int kMinBlocks, unsigned kWrites, bool kStacked, class T>
 __global__ void __launch_bounds__(kTileThreads, kMinBlocks) parts_cast_kernel(const PartsOf<T> parts, TileOutput out) {
-  __shared__ __align__(16) TileShared<8> shared;
+  __shared__ __align__(16) TileShared<T, 8> shared;
   const TileShape tile = tile_of(parts.rows, parts.cols, blockIdx.x);
   const int64_t at = kStacked ? tile.row : tile.col;
   const T* data = parts.data[0];
@@ -123,17 +120,17 @@ void launch_parts_cast(const Parts& x, const TileOutput& out, cudaStream_t strea
 template <class T>
 void quantize_stacked_typed(const Parts& x, const Quantized& out, bool transposed, cudaStream_t stream) {
   if (transposed)  // the same codes, by columns
-    launch_parts_cast<kSquareTurned, true, T>(x, output({nullptr, out.scales, 0, 0}, out), stream);
+    launch_parts_cast<kSquareTurned, true, T>(x, tile_output(out, out), stream);
   else
-    launch_parts_cast<kSquare, true, T>(x, output(out, {}), stream);
+    launch_parts_cast<kSquare, true, T>(x, tile_output(out, {}), stream);
 }
 
 template <class T>
 void quantize_beside_typed(const Parts& x, const Quantized& rows, const Quantized& cols, cudaStream_t stream) {
   if (cols.codes)
-    launch_parts_cast<kRows128 | kCols, false, T>(x, output(rows, cols), stream);
+    launch_parts_cast<kRows128 | kCols, false, T>(x, tile_output(rows, cols), stream);
   else
-    launch_parts_cast<kRows128, false, T>(x, output(rows, {}), stream);
+    launch_parts_cast<kRows128, false, T>(x, tile_output(rows, {}), stream);
 }
 
 // A 4 x 4 block of bytes, one row a word, to one column a word.
@@ -262,7 +259,7 @@ void quantize_sm90(const Input& x, Group group, const Quantized& out, bool power
 
 void quantize_both_sm90(const Input& x, const Quantized& rows, const Quantized& cols, bool power_of_two, void* stream) {
   auto s = static_cast<cudaStream_t>(stream);
-  const TileOutput to = output(rows, cols);
+  const TileOutput to = tile_output(rows, cols);
   if (x.dtype == DType::bf16)
     launch_tile_cast<4, kRows128 | kCols>(TensorSource<__nv_bfloat16>(x), to, power_of_two, s);
   else
@@ -281,7 +278,7 @@ void quantize_beside_sm90(const Parts& x, const Quantized& rows, const Quantized
 }
 
 void requantize_sm90(const RowCodes& x, const Quantized& cols, bool power_of_two, void* stream) {
-  launch_tile_cast<4, kCols>(CodesSource(x), output({}, cols), power_of_two, static_cast<cudaStream_t>(stream));
+  launch_tile_cast<4, kCols>(CodesSource(x), tile_output({}, cols), power_of_two, static_cast<cudaStream_t>(stream));
 }
 
 void transpose_codes_sm90(const uint8_t* codes, int64_t rows, int64_t cols, int64_t ld, uint8_t* out, void* stream) {

@@ -9,7 +9,7 @@
 //
 // Bytes per element in bf16: inference reads 2 and writes 1 (codes) or 2 (y); with a residual 4 + 3. Training writes 3 (row and column
 // codes of y, row codes of s): 5, with a residual 9. Column groups span 128 rows, so 128 rows' statistics must be known before the first
-// column code: y is made from s a second time, which is still in L2 (norm_training_sm90.cu).
+// column code (norm_training_sm90.cu).
 //
 // Backward, with xhat = s * rstd and g = dy * weight:
 //   dx = rstd * (g - xhat * mean(g * xhat)) + residual_grad, rounded once        dweight = sum over rows of dy * xhat
@@ -44,7 +44,14 @@ struct RmsNorm {
   Quantized y_cols;  // of y; wanted together with y_rows, x_rows and rstd, and without y
   Quantized x_rows;  // of s
   float* rstd;       // [rows], null: not wanted
+  float* workspace;  // with y_cols on a GPU: training_workspace(rows, cols) floats
 };
+
+// Counts of the bands of 128 rows, then a sum for each row and 128 columns.
+inline int64_t training_counts(int64_t rows) { return ((rows + 127) / 128 + 31) / 32 * 32; }
+inline int64_t training_workspace(int64_t rows, int64_t cols) {
+  return training_counts(rows) + (rows + 127) / 128 * 128 * ((cols + 127) / 128);
+}
 
 // dy, residual_grad and dx are [rows, cols] contiguous in `dtype`; s comes as x in `dtype` or, when x is null, as codes.
 struct RmsNormBackward {

@@ -36,68 +36,80 @@ __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, 
   if (row >= op.rows) return;
   const int cols = static_cast<int>(op.cols);
   const T* x = static_cast<const T*>(op.x) + row * op.cols;
-  auto col_of = [&](int quad, int k) { return (quad * warps + member) * kQuadCols + k * kSliceCols + lane * 8; };
+  auto col_of = [&](int quad) { return (quad * warps + member) * kQuadCols + lane * 8; };
 
   // s = x (+ residual), and rstd
   Octet<T> s[kQuads][4];
 #pragma unroll
-  for (int quad = 0; quad < kQuads; ++quad)
+  for (int quad = 0; quad < kQuads; ++quad) {
+    const T* at = x + col_of(quad);
+    const int left = cols - col_of(quad);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) s[quad][k] = load_octet<kVector>(x + col_of(quad, k), min(cols - col_of(quad, k), 8));
+    for (int k = 0; k < 4; ++k) s[quad][k] = load_octet<kVector>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
+  }
   if (kResidual) {
     const T* residual = static_cast<const T*>(op.residual) + row * op.cols;
     Octet<T> other[kQuads][4];
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad)
+    for (int quad = 0; quad < kQuads; ++quad) {
+      const T* at = residual + col_of(quad);
+      const int left = cols - col_of(quad);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) other[quad][k] = load_octet<kVector>(residual + col_of(quad, k), min(cols - col_of(quad, k), 8));
+      for (int k = 0; k < 4; ++k) other[quad][k] = load_octet<kVector>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
+    }
 #pragma unroll
-    for (int quad = 0; quad < kQuads; ++quad)
+    for (int quad = 0; quad < kQuads; ++quad) {
+      T* at = static_cast<T*>(op.sum) + row * op.cols + col_of(quad);
+      const int left = cols - col_of(quad);
 #pragma unroll
       for (int k = 0; k < 4; ++k) {
         s[quad][k] = add_octets(s[quad][k], other[quad][k]);
-        if (col_of(quad, k) < cols)
-          store_octet(static_cast<T*>(op.sum) + row * op.cols + col_of(quad, k), s[quad][k], kVector ? 8 : cols - col_of(quad, k), kVector);
+        if (k * kSliceCols < left) store_octet(at + k * kSliceCols, s[quad][k], kVector ? 8 : left - k * kSliceCols, kVector);
       }
+    }
   }
-  float squares = 0.0f;
+  float turns[2] = {};  // of even and of odd quads
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {
     float parts[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) parts[k] = sum_of_squares(s[quad][k]);
     const float sum = fold_quad(parts, lane);
-    squares = __fadd_rn(squares, sum);
+    turns[quad & 1] = __fadd_rn(turns[quad & 1], sum);
     if (warps > 1 && lane == 0 && quad * warps + warp < kMaxQuads) quad_sums[quad * warps + warp] = sum;
   }
   if (warps > 1) {
     __syncthreads();
-    squares = 0.0f;
+    turns[0] = turns[1] = 0.0f;
     const int quads = (cols + kQuadCols - 1) / kQuadCols;
-    for (int quad = 0; quad < quads; ++quad) squares = __fadd_rn(squares, quad_sums[quad]);
+#pragma unroll 1
+    for (int quad = 0; quad < quads; quad += 2) {
+      turns[0] = __fadd_rn(turns[0], quad_sums[quad]);
+      if (quad + 1 < quads) turns[1] = __fadd_rn(turns[1], quad_sums[quad + 1]);
+    }
   }
-  const float rstd = rstd_of(squares, op.cols, op.eps);
+  const float rstd = rstd_of(__fadd_rn(turns[0], turns[1]), op.cols, op.eps);
   if (!kCodesOnly && op.rstd && member == 0 && lane == 0) op.rstd[row] = rstd;
 
   // codes of s, then y and its codes
 #pragma unroll
   for (int quad = 0; quad < kQuads; ++quad) {
-    const int col = col_of(quad, 0);
+    const int col = col_of(quad), left = cols - col;
+    const bool bf16_weight = kWeights == Weights::either ? op.weight_dtype == DType::bf16 : kWeights == Weights::bf16;
+    const void* weights = static_cast<const char*>(op.weight) + col * (bf16_weight ? 2 : 4);
     Octet<T> y[4];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float weight[8];
-      load_weights<kVector>(op.weight, kWeights == Weights::either ? op.weight_dtype == DType::bf16 : kWeights == Weights::bf16,
-                            col + k * kSliceCols, min(cols - col - k * kSliceCols, 8), weight);
+      load_weights<kVector>(weights, bf16_weight, k * kSliceCols, min(left - k * kSliceCols, 8), weight);
       y[k] = normalise_octet(unpacked_anew(s[quad][k]), rstd, weight);
     }
     if (!kCodesOnly && op.x_rows.codes) cast_row_octets(s[quad], op.x_rows, row, col, cols, kVector);
     if (!kCodesOnly && op.y) {
 #pragma unroll
       for (int k = 0; k < 4; ++k)
-        if (col + k * kSliceCols < cols)
-          store_octet(static_cast<T*>(op.y) + row * op.cols + col + k * kSliceCols, y[k], kVector ? 8 : cols - col - k * kSliceCols,
-                      kVector);
+        if (k * kSliceCols < left)
+          store_octet(static_cast<T*>(op.y) + row * op.cols + col + k * kSliceCols, y[k], kVector ? 8 : left - k * kSliceCols, kVector);
     }
     if (kCodesOnly || op.y_rows.codes) cast_row_octets(y, op.y_rows, row, col, cols, kVector);
   }

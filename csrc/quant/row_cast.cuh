@@ -7,33 +7,35 @@
 
 namespace eightfold::quant {
 
-// Casts one octet of `row` at column `col`; `count` elements of it exist (none beyond the tensor). All 32 lanes take part.
+// Casts one octet of `row` at column `col`; `count` elements of it exist (none beyond the tensor; `vector`: none or all). All 32 lanes
+// take part.
 template <class T>
 __device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const Quantized& out, int64_t row, int64_t col, int64_t cols, int count,
-                                               bool vector) {
-  uint32_t amax = octet_amax(x);
+                                               bool vector, bool power_of_two = false) {
+  uint32_t maximum = octet_maximum(x);
 #pragma unroll
-  for (int mask = 8; mask > 0; mask /= 2) amax = max(amax, __shfl_xor_sync(kWholeWarp, amax, mask));
-  const float scale = group_scale(__uint_as_float(amax), false);
+  for (int mask = 8; mask > 0; mask /= 2) fold_maxima<T>(maximum, mask);
+  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), power_of_two);
   if (count <= 0) return;
   const GroupDivider<T> by = GroupDivider<T>::of(scale);
   if (col % kTile == 0) out.scales[row + col / kTile * out.scale_ld] = scale;
-  store_codes8(out.codes + row * cols + col, encode_octet(x, by), count, vector);
+  store_codes8(out.codes + row * cols + col, encode_octet(x, by), vector ? 8 : count, vector);
 }
 
 // The same for four octets of a row, 256 columns apart, the first at `col`; of columns from `cols` on nothing is written. Four lanes
 // share the scale of a group.
 template <class T>
-__device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantized& out, int64_t row, int col, int cols, bool vector) {
+__device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantized& out, int64_t row, int col, int cols, bool vector,
+                                                bool power_of_two = false) {
   const int lane = threadIdx.x & 31;
-  uint32_t amax[4];
+  uint32_t maxima[4];
 #pragma unroll
-  for (int k = 0; k < 4; ++k) amax[k] = octet_amax(x[k]);
-  fold_rows<8, 2>(amax, lane);
-  fold_rows<4, 1>(amax, lane);
-  amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 2));
-  amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 1));
-  const float scale = group_scale(__uint_as_float(amax[0]), false);
+  for (int k = 0; k < 4; ++k) maxima[k] = octet_maximum(x[k]);
+  split_maxima<T, 8, 2>(maxima, lane);
+  split_maxima<T, 4, 1>(maxima, lane);
+  fold_maxima<T>(maxima[0], 2);
+  fold_maxima<T>(maxima[0], 1);
+  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maxima[0])), power_of_two);
   const GroupDivider<T> own = GroupDivider<T>::of(scale);
   const int own_col = (col & ~(kTile - 1)) + lane / 4 % 4 * 256;
   if (lane % 4 == 0 && own_col < cols) out.scales[row + own_col / kTile * out.scale_ld] = scale;

@@ -1,6 +1,6 @@
-// Sums along a row in an order that its length alone decides, so that every kernel that walks rows, alone, with others, or spread
-// over a cluster, finds the same bits: eight values a lane in turn, 32 lanes as a tree (a slice of 256 columns), four slices as a tree
-// (a quad), quads in turn. What a row lacks at its end counts as zeros.
+// Sums along a row in an order that its length alone decides, so that every kernel finds the same bits, whether it walks rows or tiles:
+// eight values a lane in turn, 16 lanes as a tree (a group of 128 columns), two groups (a slice), four slices as a tree (a quad), even
+// and odd quads in turn, both together. What a row lacks at its end counts as zeros.
 #pragma once
 
 #include "quant/tile_cast.cuh"
@@ -9,6 +9,7 @@ namespace eightfold::quant {
 
 constexpr int kSliceCols = 256;
 constexpr int kQuadCols = 4 * kSliceCols;
+constexpr uint32_t kQuadGroups = kQuadCols / kTile;
 
 // Lanes that differ in bit kMask split the 2 * kKeep sums that both have a share of.
 template <int kMask, int kKeep, int kCount>
@@ -23,40 +24,34 @@ __device__ __forceinline__ void split_sums(float (&v)[kCount], int lane) {
 
 __device__ __forceinline__ void add_across(float& v, int mask) { v = __fadd_rn(v, __shfl_xor_sync(kWholeWarp, v, mask)); }
 
-// Adds each v[i] up over the warp; lane l ends with the sum of v[l * count / 32].
-__device__ __forceinline__ float fold_lanes(float (&v)[16], int lane) {
-  split_sums<16, 8>(v, lane);
-  split_sums<8, 4>(v, lane);
-  split_sums<4, 2>(v, lane);
-  split_sums<2, 1>(v, lane);
-  add_across(v[0], 1);
-  return v[0];
-}
-
-__device__ __forceinline__ float fold_lanes(float (&v)[8], int lane) {
-  split_sums<16, 4>(v, lane);
-  split_sums<8, 2>(v, lane);
-  split_sums<4, 1>(v, lane);
-  add_across(v[0], 2);
-  add_across(v[0], 1);
-  return v[0];
-}
-
-__device__ __forceinline__ float fold_lanes(float (&v)[4], int lane) {
-  split_sums<16, 2>(v, lane);
-  split_sums<8, 1>(v, lane);
-  add_across(v[0], 4);
-  add_across(v[0], 2);
-  add_across(v[0], 1);
-  return v[0];
-}
-
 // The quad whose slices' parts these are, in every lane.
 __device__ __forceinline__ float fold_quad(float (&parts)[4], int lane) {
-  float sum = fold_lanes(parts, lane);
-  add_across(sum, 8);
+  split_sums<8, 2>(parts, lane);
+  split_sums<4, 1>(parts, lane);
+  float sum = parts[0];
+  add_across(sum, 2);
+  add_across(sum, 1);
   add_across(sum, 16);
+  add_across(sum, 8);
+  add_across(sum, 4);
   return sum;
+}
+
+// The same from its eight groups.
+__device__ __forceinline__ float sum_of_quad(const float (&groups)[kQuadGroups]) {
+  float slices[4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) slices[k] = __fadd_rn(groups[2 * k], groups[2 * k + 1]);
+  return __fadd_rn(__fadd_rn(slices[0], slices[2]), __fadd_rn(slices[1], slices[3]));
+}
+
+// Groups of eight rows, each the parts of 16 lanes: lanes 2p and 2p + 1 end with row p.
+__device__ __forceinline__ float fold_group_rows(float (&parts)[8], int lane) {
+  split_sums<8, 4>(parts, lane);
+  split_sums<4, 2>(parts, lane);
+  split_sums<2, 1>(parts, lane);
+  add_across(parts[0], 1);
+  return parts[0];
 }
 
 template <class T>

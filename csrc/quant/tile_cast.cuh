@@ -2,11 +2,6 @@
 // in the tensor's dtype, and writes any of: row codes (1 x 128 or 1 x 16 groups), column codes (128 x 1), square codes
 // (128 x 128), each with its scales. Casts fused with a norm or an activation have a Source, or a kernel, of their own.
 //
-// Thread layout: the 16 lanes of a half-warp span the 128 columns (8 each); half-warp `band` owns kBand consecutive rows, 8 with
-// 256 threads, 4 with 512. So one load of a half-warp is 256 bytes of one bf16 row, row statistics never leave a half-warp, and a
-// thread's block holds kBand consecutive bytes of each of its 8 columns. Column codes pass through shared memory, in slots of 8
-// rows placed by XOR so that neither side has bank conflicts, and leave as 16-byte pieces of 128-byte lines.
-//
 // Tiles that exist whole (kFull) run without a test; the others, at the edges and where memory is not aligned, beside them in the
 // same kernel.
 //
@@ -14,30 +9,25 @@
 //   using Element = float or __nv_bfloat16;        dtype in which values are held and (for fused casts) rounded
 //   int64_t rows, cols;
 //   bool vector;                                   every row it reads starts at a multiple of its vector loads
-//   template <bool kVector> __device__ Octet<Element> load(int64_t row, int64_t col) const;
+//   template <bool kVector, bool kFull> __device__ Octet<Element> load(int64_t row, int64_t col) const;
 // load gives eight consecutive elements of `row`, zeros beyond rows or cols. kVector promises that all eight columns exist
-// and that `vector` holds; rows may still be past the end.
+// and that `vector` holds; rows may still be past the end, unless kFull.
 #pragma once
 
 #include <cstdint>
 
 #include "core/fp8_vector.cuh"
 #include "core/launch.cuh"
+#include "quant/tile.cuh"
 
 namespace eightfold::quant {
 
-constexpr int kTile = 128;
-constexpr unsigned kWholeWarp = 0xFFFFFFFFu;
-
-// Threads of a tile whose half-warps own `band` rows each.
-constexpr int tile_threads(int band) { return kTile / band * 16; }
-constexpr int kTileThreads = tile_threads(8);
-
 // What is written for one value of the Source; or them together.
-// kHalfRows: row codes are one half of a buffer twice as wide.
-enum : unsigned { kRows128 = 1, kRows16 = 2, kCols = 4, kSquare = 8, kSquareTurned = 16, kHalfRows = 32 };
+// kTogether, with rows and columns: codes of both are made at once, with the fewest instructions. Without it row codes leave early, which
+// suits a kernel that waits for memory.
+enum : unsigned { kRows128 = 1, kRows16 = 2, kCols = 4, kSquare = 8, kSquareTurned = 16, kTogether = 32 };
 
-// Codes: rows and square [rows, cols] dense, row-major; columns, and a square's transpose, [cols][col_ld]. Scales: scale[r + group *
+// Codes: rows and square [rows][TileShape::row_ld]; columns, and a square's transpose, [cols][col_ld]. Scales: scale[r + group *
 // row_scale_ld] for rows, col_scales[row_group * col_scale_ld + c] for columns, row-major [tiles, tiles] for square blocks (of the
 // transpose if turned).
 struct TileOutput {
@@ -50,119 +40,57 @@ struct TileOutput {
   int64_t col_scale_ld;
 };
 
-struct TileShape {
-  int64_t rows, cols;  // of the tensor
-  int64_t row, col;    // where the tile starts
+// The dividers of the groups of a tile: rows, or columns.
+struct Dividers {
+  float inverse[kTile], aid[kTile];
 
-  // The whole tile exists and rows of codes start at a multiple of 8.
-  __device__ bool full() const { return row + kTile <= rows && col + kTile <= cols && cols % 8 == 0; }
-};
-
-// The tile of `block` in a grid of one block a tile.
-__device__ __forceinline__ TileShape tile_of(int64_t rows, int64_t cols, uint32_t block) {
-  const uint32_t across = static_cast<uint32_t>((cols + kTile - 1) / kTile);
-  return {rows, cols, static_cast<int64_t>(block / across) * kTile, static_cast<int64_t>(block % across) * kTile};
-}
-
-// A block is one or more teams of tile_threads(kBand), each with a tile of its own.
-template <int kBand>
-struct TileThread {
-  static constexpr int kThreads = tile_threads(kBand), kWarps = kThreads / 32;
-  int thread = threadIdx.x % kThreads;
-  int lane = threadIdx.x & 31, warp = thread >> 5;
-  int octet = lane & 15;
-  int band = warp * 2 + (lane >> 4);
-
-  __device__ int64_t row(const TileShape& tile) const { return tile.row + band * kBand; }  // the first
-  __device__ int64_t col(const TileShape& tile) const { return tile.col + octet * 8; }
-};
-
-// A tile's codes by column. A slot holds 8 rows; slots are placed by XOR of the column octet, so that neither half-warps walking
-// octets nor pieces of 16 rows meet in a bank.
-struct ColumnCodes {
-  uint2 slots[kTile * kTile / 8];
-
-  __device__ uint2& at(int column, int eight) { return slots[column * 16 + (eight ^ (column >> 3))]; }
-  __device__ uint2 get(int column, int band) { return at(column, band); }
-  __device__ void put(int column, int band, uint2 codes) { at(column, band) = codes; }
-  __device__ void put(int column, int band, uint32_t codes) { reinterpret_cast<uint32_t*>(&at(column, band >> 1))[band & 1] = codes; }
-
-  // Slots 2 * rows16 and 2 * rows16 + 1 lie side by side, in this order only for even octets.
-  __device__ uint4* piece(int column, int rows16) {
-    return reinterpret_cast<uint4*>(&slots[column * 16 + ((rows16 ^ (column >> 4)) << 1)]);
+  template <class T>
+  __device__ __forceinline__ void put(int group, GroupDivider<T> by) {
+    inverse[group] = by.inverse, aid[group] = by.aid;
   }
-  static __device__ uint4 ordered(uint4 v, int column) { return column >> 3 & 1 ? make_uint4(v.z, v.w, v.x, v.y) : v; }
-
-  // Pieces of 16 rows of a column between shared and global memory, where codes[c * ld + r]. `vector`: 16-byte aligned columns.
-  // kFull: and the whole tile exists.
-  template <bool kFull, int kThreads>
-  __device__ __forceinline__ void store(uint8_t* codes, int64_t ld, const TileShape& tile, bool vector) {
-    const int thread = threadIdx.x % kThreads, rows16 = thread & 7;
-    const int64_t row = tile.row + rows16 * 16;
-    uint8_t* to = codes + (tile.col + (thread >> 3)) * ld + row;
-#pragma unroll
-    for (int i = 0; i < kTile * kTile / 16 / kThreads; ++i, to += kThreads / 8 * ld) {
-      const int column = i * (kThreads / 8) + (thread >> 3);
-      if (!kFull && (tile.col + column >= tile.cols || row >= tile.rows)) continue;
-      const uint4 v = ordered(*piece(column, rows16), column);
-      if (kFull || (vector && row + 16 <= tile.rows)) {
-        *reinterpret_cast<uint4*>(to) = v;
-      } else {
-        const int count = static_cast<int>(min(tile.rows - row, int64_t{16}));
-        store_codes8(to, make_uint2(v.x, v.y), count, false);
-        store_codes8(to + 8, make_uint2(v.z, v.w), count - 8, false);
-      }
-    }
-  }
-
-  template <int kThreads>
-  __device__ __forceinline__ void load(const uint8_t* codes, int64_t ld, const TileShape& tile, bool vector) {
-#pragma unroll
-    for (int i = 0; i < kTile * kTile / 16 / kThreads; ++i) {
-      const int index = i * kThreads + threadIdx.x, column = index >> 3, rows16 = index & 7;
-      const int64_t row = tile.row + rows16 * 16;
-      if (tile.col + column >= tile.cols || row >= tile.rows) continue;
-      const uint8_t* from = codes + (tile.col + column) * ld + row;
-      uint4 v;
-      if (vector && row + 16 <= tile.rows) {
-        v = __ldg(reinterpret_cast<const uint4*>(from));
-      } else {
-        const int count = static_cast<int>(min(tile.rows - row, int64_t{16}));
-        const uint2 low = load_codes8<false>(from, count), high = load_codes8<false>(from + 8, count - 8);
-        v = make_uint4(low.x, low.y, high.x, high.y);
-      }
-      *piece(column, rows16) = ordered(v, column);
-    }
+  // Of four groups from `first`, a multiple of 4, on.
+  template <class T>
+  __device__ __forceinline__ void get(int first, GroupDivider<T> (&by)[4]) const {
+    const float4 i = *reinterpret_cast<const float4*>(inverse + first), a = *reinterpret_cast<const float4*>(aid + first);
+    by[0].inverse = i.x, by[1].inverse = i.y, by[2].inverse = i.z, by[3].inverse = i.w;
+    by[0].aid = a.x, by[1].aid = a.y, by[2].aid = a.z, by[3].aid = a.w;
   }
 };
 
-template <int kBand>
-struct TileStats {
-  uint32_t amax[TileThread<kBand>::kWarps][kTile];
-  float inverse[kTile], aid[kTile];  // the columns' dividers
+// Maxima of the columns of a tile, by warp: the words that octets_maxima gives.
+template <class T, int kBand>
+struct ColumnMaxima {
+  static constexpr int kPerWord = Octet<T>::kPerWord, kWarps = TileThread<kBand>::kWarps;
+  uint32_t words[kWarps][kTile / kPerWord];
 };
 
-template <int kBand>
+template <class T, int kBand>
 struct TileShared {
-  TileStats<kBand> stats;
+  ColumnMaxima<T, kBand> maxima;
+  Dividers rows, columns;
   ColumnCodes codes;
 };
 
-// One step of a transposing reduction: lanes that differ in bit `kMask` split the rows they both hold, so that eight rows over
+// One step of a transposing reduction: lanes that differ in bit `kMask` split the words they both hold, so that eight rows over
 // sixteen lanes take 8 shuffles and each lane ends with rows of its own.
-template <int kMask, int kKeep, int kBand>
-__device__ __forceinline__ void fold_rows(uint32_t (&amax)[kBand], int lane) {
-  bool upper = lane & kMask;
+template <class T, int kMask, int kKeep, int kCount>
+__device__ __forceinline__ void split_maxima(uint32_t (&words)[kCount], int lane) {
+  const bool upper = lane & kMask;
 #pragma unroll
   for (int i = 0; i < kKeep; ++i) {
-    uint32_t mine = upper ? amax[i + kKeep] : amax[i];
-    uint32_t theirs = upper ? amax[i] : amax[i + kKeep];
-    amax[i] = max(mine, __shfl_xor_sync(kWholeWarp, theirs, kMask));
+    const uint32_t mine = upper ? words[i + kKeep] : words[i];
+    const uint32_t theirs = upper ? words[i] : words[i + kKeep];
+    words[i] = Octet<T>::larger(mine, __shfl_xor_sync(kWholeWarp, theirs, kMask));
   }
 }
 
+template <class T>
+__device__ __forceinline__ void fold_maxima(uint32_t& word, int mask) {
+  word = Octet<T>::larger(word, __shfl_xor_sync(kWholeWarp, word, mask));
+}
+
 // Where a thread's octets of row codes go. kFull: all of them exist and may be stored whole.
-template <bool kFull, int kBand, bool kHalf = false>
+template <bool kFull, int kBand>
 struct RowWriter {
   uint8_t* at;
   int64_t ld;
@@ -171,7 +99,7 @@ struct RowWriter {
 
   __device__ __forceinline__ RowWriter(uint8_t* codes, const TileShape& tile, const TileThread<kBand>& me) {
     const int64_t row = me.row(tile), col = me.col(tile);
-    ld = kHalf ? 2 * tile.cols : tile.cols, at = codes + row * ld + col;
+    at = codes + row * tile.row_ld + col, ld = tile.row_ld;
     rows = static_cast<int>(min(tile.rows - row, int64_t{kBand})), count = octet_count(0, col, 1, tile.cols);
     vector = tile.cols % 8 == 0;
   }
@@ -183,35 +111,51 @@ struct RowWriter {
   }
 };
 
-// 1 x 128 groups: 16 / kBand lanes end with one row, compute its scale, and hand it to the half-warp.
-template <bool kFull, bool kHalf, int kBand, class T>
+// 1 x 128 groups: of 4 or 8 rows of a half-warp, whose octets' maxima are given, each ends with kCount / 16 lanes: octet / kLanes.
+template <class T, int kCount>
+__device__ __forceinline__ float scale_of_row(uint32_t (&maxima)[kCount], int lane, bool power_of_two) {
+  if constexpr (kCount == 8) {
+    split_maxima<T, 8, 4>(maxima, lane);
+    split_maxima<T, 4, 2>(maxima, lane);
+    split_maxima<T, 2, 1>(maxima, lane);
+  } else {
+    split_maxima<T, 8, 2>(maxima, lane);
+    split_maxima<T, 4, 1>(maxima, lane);
+    fold_maxima<T>(maxima[0], 2);
+  }
+  fold_maxima<T>(maxima[0], 1);
+  return group_scale(__uint_as_float(Octet<T>::widest_bits(maxima[0])), power_of_two);
+}
+
+template <bool kFull, int kBand, class T>
+__device__ __forceinline__ GroupDivider<T> divide_rows(uint32_t (&maxima)[kBand], const TileOutput& out, const TileShape& tile,
+                                                       bool power_of_two) {
+  const TileThread<kBand> me;
+  constexpr int kLanes = 16 / kBand;  // to a row
+  const float scale = scale_of_row<T>(maxima, me.lane, power_of_two);
+  const int64_t own_row = me.row(tile) + me.octet / kLanes;
+  if (me.lane % kLanes == 0 && (kFull || own_row < tile.rows)) out.scales[own_row + tile.col / kTile * out.row_scale_ld] = scale;
+  return GroupDivider<T>::of(scale);
+}
+
+template <int kBand, class T>
+__device__ __forceinline__ void row_maxima(const Octet<T> (&values)[kBand], uint32_t (&maxima)[kBand]) {
+#pragma unroll
+  for (int p = 0; p < kBand; ++p) maxima[p] = octet_maximum(values[p]);
+}
+
+// Rows alone: dividers go through the half-warp, no barrier.
+template <bool kFull, int kBand, class T>
 __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
                                               bool power_of_two) {
   const TileThread<kBand> me;
-  constexpr int kLanes = 16 / kBand;  // to a row
-  uint32_t amax[kBand];
-#pragma unroll
-  for (int p = 0; p < kBand; ++p) amax[p] = octet_amax(values[p]);
-  if constexpr (kBand == 8) {
-    fold_rows<8, 4>(amax, me.lane);
-    fold_rows<4, 2>(amax, me.lane);
-    fold_rows<2, 1>(amax, me.lane);
-  } else {
-    fold_rows<8, 2>(amax, me.lane);
-    fold_rows<4, 1>(amax, me.lane);
-    amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 2));
-  }
-  amax[0] = max(amax[0], __shfl_xor_sync(kWholeWarp, amax[0], 1));
-
-  const float scale = group_scale(__uint_as_float(amax[0]), power_of_two);
-  const GroupDivider<T> own = GroupDivider<T>::of(scale);
-  const int64_t own_row = me.row(tile) + me.octet / kLanes;
-  if (me.lane % kLanes == 0 && (kFull || own_row < tile.rows)) out.scales[own_row + tile.col / kTile * out.row_scale_ld] = scale;
-
-  const RowWriter<kFull, kBand, kHalf> writer(out.codes, tile, me);
+  uint32_t maxima[kBand];
+  row_maxima(values, maxima);
+  const GroupDivider<T> own = divide_rows<kFull, kBand, T>(maxima, out, tile, power_of_two);
+  const RowWriter<kFull, kBand> writer(out.codes, tile, me);
 #pragma unroll
   for (int p = 0; p < kBand; ++p) {
-    const int owner = (me.lane & 16) | (p * kLanes);
+    const int owner = (me.lane & 16) | (p * (16 / kBand));
     const GroupDivider<T> by = {__shfl_sync(kWholeWarp, own.inverse, owner), __shfl_sync(kWholeWarp, own.aid, owner)};
     writer.put(p, encode_octet(unpacked_anew(values[p]), by));
   }
@@ -221,13 +165,12 @@ __device__ __forceinline__ void cast_rows_128(const Octet<T> (&values)[kBand], c
 template <bool kFull, class T>
 __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[8], const TileOutput& out, const TileShape& tile, bool power_of_two) {
   const TileThread<8> me;
-  uint32_t amax[8];
-#pragma unroll
-  for (int p = 0; p < 8; ++p) amax[p] = octet_amax(values[p]);
-  fold_rows<1, 4>(amax, me.lane);
+  uint32_t maxima[8];
+  row_maxima(values, maxima);
+  split_maxima<T, 1, 4>(maxima, me.lane);
   float own[4];
 #pragma unroll
-  for (int i = 0; i < 4; ++i) own[i] = group_scale(__uint_as_float(amax[i]), power_of_two);
+  for (int i = 0; i < 4; ++i) own[i] = group_scale(__uint_as_float(Octet<T>::widest_bits(maxima[i])), power_of_two);
 
   const bool upper = me.lane & 1;
   const int64_t own_row = me.row(tile) + (upper ? 4 : 0);
@@ -253,144 +196,182 @@ __device__ __forceinline__ void cast_rows_16(const Octet<T> (&values)[8], const 
   }
 }
 
-// First half of the 128 x 1 cast: each warp leaves the maxima of its rows.
-template <int kBand, class T>
-__device__ __forceinline__ void fold_columns(const Octet<T> (&values)[kBand], TileStats<kBand>& stats) {
+// First step of the 128 x 1 cast: each warp leaves the maxima of its rows, of which a thread has found those of its own.
+template <class T, int kBand>
+__device__ __forceinline__ void leave_maxima(uint32_t (&words)[8 / Octet<T>::kPerWord], ColumnMaxima<T, kBand>& maxima) {
   const TileThread<kBand> me;
-  uint32_t amax[8];
-  octets_amax(values, amax);
-  uint4* at = reinterpret_cast<uint4*>(&stats.amax[me.warp][me.octet * 8]);
-  if (me.lane < 16)
-    at[0] = make_uint4(amax[0], amax[1], amax[2], amax[3]);
+  constexpr int kHalf = 4 / Octet<T>::kPerWord;
+  split_maxima<T, 16, kHalf>(words, me.lane);
+  uint32_t* at = &maxima.words[me.warp][me.octet * 2 * kHalf + (me.lane >> 4) * kHalf];
+  if constexpr (kHalf == 2)
+    *reinterpret_cast<uint2*>(at) = make_uint2(words[0], words[1]);
   else
-    at[1] = make_uint4(amax[4], amax[5], amax[6], amax[7]);
+    *reinterpret_cast<uint4*>(at) = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-// Second half: scales of the 128 columns, codes through shared memory.
-template <bool kFull, int kBand, class T>
-__device__ __forceinline__ void cast_columns(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
-                                             TileStats<kBand>& stats, ColumnCodes& staged, bool power_of_two) {
-  const TileThread<kBand> me;
-  __syncthreads();
-  if (me.thread < kTile) {
-    uint32_t amax = stats.amax[0][me.thread];
+// Second step, after a barrier: the scale of one column, by each of 128 threads; lanes are neighbouring columns. Two lanes share a
+// packed word and fold half the warps each.
+template <bool kFull, class T, int kBand>
+__device__ __forceinline__ void divide_column(int column, const ColumnMaxima<T, kBand>& maxima, Dividers& dividers, const TileOutput& out,
+                                              const TileShape& tile, bool power_of_two) {
+  constexpr int kPerWord = Octet<T>::kPerWord, kShare = TileThread<kBand>::kWarps / kPerWord;
+  const uint32_t* words = &maxima.words[column % kPerWord * kShare][column / kPerWord];
+  uint32_t word = words[0];
 #pragma unroll
-    for (int w = 1; w < me.kWarps; ++w) amax = max(amax, stats.amax[w][me.thread]);
-    const float scale = group_scale(__uint_as_float(amax), power_of_two);
-    const GroupDivider<T> own = GroupDivider<T>::of(scale);
-    stats.inverse[me.thread] = own.inverse;
-    stats.aid[me.thread] = own.aid;
-    const int64_t col = tile.col + me.thread;
-    if (kFull || col < tile.cols) out.col_scales[tile.row / kTile * out.col_scale_ld + col] = scale;
-  }
-  __syncthreads();
-  Octet<T> x[kBand];
-#pragma unroll
-  for (int p = 0; p < kBand; ++p) x[p] = unpacked_anew(values[p]);
-#pragma unroll
-  for (int quad = 0; quad < 2; ++quad) {
-    const int first = me.octet * 8 + quad * 4;
-    const float4 inverse = *reinterpret_cast<const float4*>(&stats.inverse[first]);
-    const float4 aid = *reinterpret_cast<const float4*>(&stats.aid[first]);
-    const GroupDivider<T> by[4] = {{inverse.x, aid.x}, {inverse.y, aid.y}, {inverse.z, aid.z}, {inverse.w, aid.w}};
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float q[kBand];
-#pragma unroll
-      for (int p = 0; p < kBand; ++p) q[p] = by[j].quotient(x[p].value(quad * 4 + j));
-      if constexpr (kBand == 8) {
-        const uint2 codes = make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7]));
-        staged.put(first + j, me.band, codes);
-      } else {
-        staged.put(first + j, me.band, encode4(q[0], q[1], q[2], q[3]));
-      }
-    }
-  }
-  __syncthreads();
-  staged.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
+  for (int w = 1; w < kShare; ++w) word = Octet<T>::larger(word, words[w * (kTile / kPerWord)]);
+  if constexpr (kPerWord == 2) fold_maxima<T>(word, 1);
+  const float scale = group_scale(__uint_as_float(Octet<T>::amax_bits(word, column % kPerWord)), power_of_two);
+  using Value = std::conditional_t<std::is_same_v<T, ScaledCodes>, float, T>;
+  dividers.put(column, GroupDivider<Value>::of(scale));
+  const int64_t col = tile.col + column;
+  if (kFull || col < tile.cols) out.col_scales[tile.row / kTile * out.col_scale_ld + col] = scale;
 }
 
-// The scale of the whole tile.
-template <int kBand, class T>
-__device__ __forceinline__ float square_scale(const Octet<T> (&values)[kBand], TileStats<kBand>& stats, bool power_of_two) {
+// Third step, after another barrier: column codes to shared memory, and row codes from the same values where wanted.
+// Four rows x four columns at a time.
+template <bool kRowsToo, bool kFull, int kBand, class T>
+__device__ __forceinline__ void encode_tile(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
+                                            const Dividers& rows, const Dividers& columns, ColumnCodes& staged) {
+  using Value = std::conditional_t<std::is_same_v<T, ScaledCodes>, float, T>;
   const TileThread<kBand> me;
-  uint32_t amax = 0;
-#pragma unroll
-  for (int p = 0; p < kBand; ++p) amax = max(amax, octet_amax(values[p]));
-  amax = __reduce_max_sync(kWholeWarp, amax);
-  if (me.lane == 0) stats.amax[0][me.warp] = amax;
-  __syncthreads();
-#pragma unroll
-  for (int w = 0; w < me.kWarps; ++w) amax = max(amax, stats.amax[0][w]);
-  return group_scale(__uint_as_float(amax), power_of_two);
-}
-
-template <bool kFull, int kBand, class T>
-__device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
-                                            TileStats<kBand>& stats, bool power_of_two) {
-  const TileThread<kBand> me;
-  const float scale = square_scale(values, stats, power_of_two);
-  const GroupDivider<T> by = GroupDivider<T>::of(scale);
-  if (me.thread == 0) out.scales[tile.row / kTile * ((tile.cols + kTile - 1) / kTile) + tile.col / kTile] = scale;
-
   const RowWriter<kFull, kBand> writer(out.codes, tile, me);
 #pragma unroll
-  for (int p = 0; p < kBand; ++p) writer.put(p, encode_octet(unpacked_anew(values[p]), by));
+  for (int four = 0; four < kBand / 4; ++four) {
+    GroupDivider<Value> by_row[4];
+    if constexpr (kRowsToo) rows.get(me.band * kBand + four * 4, by_row);
+    uint32_t row_codes[4][2];
+    Octet<T> octets[4];
+#pragma unroll
+    for (int p = 0; p < 4; ++p) octets[p] = unpacked_anew(values[four * 4 + p]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      GroupDivider<Value> by_column[4];
+      columns.get(me.octet * 8 + half * 4, by_column);
+#pragma unroll
+      for (int pair = 0; pair < 2; ++pair) {
+        float x[2][4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+          for (int p = 0; p < 4; ++p) x[j][p] = octets[p].value(half * 4 + pair * 2 + j);
+          const GroupDivider<Value> by = by_column[pair * 2 + j];
+          staged.put(me.octet * 8 + half * 4 + pair * 2 + j, me.band * (kBand / 4) + four,
+                     encode4(by.quotient(x[j][0]), by.quotient(x[j][1]), by.quotient(x[j][2]), by.quotient(x[j][3])));
+        }
+        if constexpr (kRowsToo) {
+#pragma unroll
+          for (int p = 0; p < 4; ++p) {
+            const uint32_t two = encode2(by_row[p].quotient(x[0][p]), by_row[p].quotient(x[1][p]));
+            row_codes[p][half] = pair ? row_codes[p][half] | two << 16 : two;
+          }
+        }
+      }
+    }
+    if constexpr (kRowsToo) {
+#pragma unroll
+      for (int p = 0; p < 4; ++p) writer.put(four * 4 + p, make_uint2(row_codes[p][0], row_codes[p][1]));
+    }
+  }
 }
 
-// The codes of the transpose: through shared memory, as column codes go.
-template <bool kFull, class T>
-__device__ __forceinline__ void cast_square_turned(const Octet<T> (&values)[8], const TileOutput& out, const TileShape& tile,
-                                                   TileStats<8>& stats, ColumnCodes& staged, bool power_of_two) {
-  const TileThread<8> me;
-  const float scale = square_scale(values, stats, power_of_two);
-  const GroupDivider<T> by = GroupDivider<T>::of(scale);
-  if (me.thread == 0) out.scales[tile.col / kTile * ((tile.rows + kTile - 1) / kTile) + tile.row / kTile] = scale;
-  Octet<T> x[8];
-#pragma unroll
-  for (int p = 0; p < 8; ++p) x[p] = unpacked_anew(values[p]);
-#pragma unroll
-  for (int j = 0; j < 8; ++j) {
-    float q[8];
-#pragma unroll
-    for (int p = 0; p < 8; ++p) q[p] = by.quotient(x[p].value(j));
-    staged.put(me.octet * 8 + j, me.band, make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7])));
+// Column codes, alone or with row codes, which leave while the columns' maxima come together; kTogether: which are made with them.
+template <unsigned kWrites, bool kFull, int kBand, class T>
+__device__ __forceinline__ void cast_columns(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
+                                             TileShared<T, kBand>& shared, bool power_of_two) {
+  const TileThread<kBand> me;
+  constexpr bool kRowsToo = (kWrites & kRows128) != 0, kJoined = kRowsToo && (kWrites & kTogether) != 0;
+  uint32_t words[8 / Octet<T>::kPerWord];
+  octets_maxima(values, words);
+  leave_maxima<T, kBand>(words, shared.maxima);
+  if constexpr (kJoined) {
+    uint32_t maxima[kBand];
+    row_maxima(values, maxima);
+    const GroupDivider<T> own = divide_rows<kFull, kBand, T>(maxima, out, tile, power_of_two);
+    if (me.lane % (16 / kBand) == 0) shared.rows.put(me.band * kBand + me.octet / (16 / kBand), own);
+  } else if constexpr (kRowsToo) {
+    cast_rows_128<kFull>(values, out, tile, power_of_two);
   }
   __syncthreads();
-  staged.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
+  if (me.thread < kTile) divide_column<kFull>(me.thread, shared.maxima, shared.columns, out, tile, power_of_two);
+  __syncthreads();
+  encode_tile<kJoined, kFull>(values, out, tile, shared.rows, shared.columns, shared.codes);
+  __syncthreads();
+  shared.codes.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
 }
 
-// Every output of one value. All threads of the CTA take part; `staged` is written once all have their values. Calls may follow each
-// other without a barrier: each barrier inside separates the last reads of the call before from the first writes of this one.
+// kTurned: codes and scales of the transpose; the codes go through shared memory, as column codes do.
+template <bool kTurned, bool kFull, int kBand, class T>
+__device__ __forceinline__ void cast_square(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
+                                            TileShared<T, kBand>& shared, bool power_of_two) {
+  const TileThread<kBand> me;
+  uint32_t maxima[kBand];
+  row_maxima(values, maxima);
+#pragma unroll
+  for (int p = 1; p < kBand; ++p) maxima[0] = Octet<T>::larger(maxima[0], maxima[p]);
+  uint32_t amax = __reduce_max_sync(kWholeWarp, Octet<T>::widest_bits(maxima[0]));
+  uint32_t* amaxes = shared.maxima.words[0];
+  if (me.lane == 0) amaxes[me.warp] = amax;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < me.kWarps; ++w) amax = max(amax, amaxes[w]);
+  const float scale = group_scale(__uint_as_float(amax), power_of_two);
+  const GroupDivider<T> by = GroupDivider<T>::of(scale);
+  if (me.thread == 0) {
+    const int64_t row = tile.row / kTile, col = tile.col / kTile, down = (tile.rows + kTile - 1) / kTile,
+                  across = (tile.cols + kTile - 1) / kTile;
+    out.scales[kTurned ? col * down + row : row * across + col] = scale;
+  }
+  if constexpr (kTurned) {
+    static_assert(kBand == 8);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      float q[8];
+#pragma unroll
+      for (int p = 0; p < 8; ++p) q[p] = by.quotient(values[p].value(j));
+      shared.codes.put(me.octet * 8 + j, me.band, make_uint2(encode4(q[0], q[1], q[2], q[3]), encode4(q[4], q[5], q[6], q[7])));
+    }
+    __syncthreads();
+    shared.codes.template store<kFull, me.kThreads>(out.col_codes, out.col_ld, tile, true);
+  } else {
+    const RowWriter<kFull, kBand> writer(out.codes, tile, me);
+#pragma unroll
+    for (int p = 0; p < kBand; ++p) writer.put(p, encode_octet(unpacked_anew(values[p]), by));
+  }
+}
+
+// Every output of one value. All threads of the CTA take part. Calls may follow each other without a barrier: each barrier inside
+// separates the last reads of the call before from the first writes of this one.
 template <unsigned kWrites, bool kFull, int kBand, class T>
 __device__ __forceinline__ void cast_tile(const Octet<T> (&values)[kBand], const TileOutput& out, const TileShape& tile,
-                                          TileStats<kBand>& stats, ColumnCodes& staged, bool power_of_two) {
-  static_assert(!(kWrites & (kSquare | kSquareTurned)) || kWrites == kSquare || kWrites == kSquareTurned, "square blocks are cast alone");
-  if constexpr (kWrites & kCols) fold_columns(values, stats);
-  if constexpr (kWrites & kRows128) cast_rows_128<kFull, (kWrites & kHalfRows) != 0>(values, out, tile, power_of_two);
-  if constexpr (kWrites & kRows16) cast_rows_16<kFull>(values, out, tile, power_of_two);
-  if constexpr (kWrites & kCols) cast_columns<kFull>(values, out, tile, stats, staged, power_of_two);
-  if constexpr (kWrites & kSquare) cast_square<kFull>(values, out, tile, stats, power_of_two);
-  if constexpr (kWrites & kSquareTurned) cast_square_turned<kFull>(values, out, tile, stats, staged, power_of_two);
+                                          TileShared<T, kBand>& shared, bool power_of_two) {
+  static_assert((kWrites & ~kTogether) == (kRows128 | kCols) || (kWrites & (kWrites - 1)) == 0, "rows and columns, or one output");
+  if constexpr (kWrites & kCols)
+    cast_columns<kWrites, kFull>(values, out, tile, shared, power_of_two);
+  else if constexpr (kWrites & kRows128)
+    cast_rows_128<kFull>(values, out, tile, power_of_two);
+  else if constexpr (kWrites & kRows16)
+    cast_rows_16<kFull>(values, out, tile, power_of_two);
+  else
+    cast_square<(kWrites & kSquareTurned) != 0, kFull>(values, out, tile, shared, power_of_two);
 }
 
 template <unsigned kWrites, bool kFull, int kBand, class Source>
-__device__ __forceinline__ void cast_source(const Source& source, const TileOutput& out, const TileShape& tile, TileShared<kBand>& shared,
-                                            bool power_of_two) {
+__device__ __forceinline__ void cast_source(const Source& source, const TileOutput& out, const TileShape& tile,
+                                            TileShared<typename Source::Element, kBand>& shared, bool power_of_two) {
   const TileThread<kBand> me;
   Octet<typename Source::Element> values[kBand];
   const bool vector = kFull || (source.vector && tile.col + kTile <= tile.cols);
 #pragma unroll
   for (int p = 0; p < kBand; ++p)
-    values[p] =
-        vector ? source.template load<true>(me.row(tile) + p, me.col(tile)) : source.template load<false>(me.row(tile) + p, me.col(tile));
-  cast_tile<kWrites, kFull>(values, out, tile, shared.stats, shared.codes, power_of_two);
+    values[p] = vector ? source.template load<true, kFull>(me.row(tile) + p, me.col(tile))
+                       : source.template load<false, false>(me.row(tile) + p, me.col(tile));
+  cast_tile<kWrites, kFull>(values, out, tile, shared, power_of_two);
 }
 
 // Registers: values are 32 (bf16) or 64 (fp32) words a thread in bands of 8; kMinBlocks CTAs share an SM.
 template <int kMinBlocks, int kBand, unsigned kWrites, class Source>
 __global__ void __launch_bounds__(tile_threads(kBand), kMinBlocks) tile_cast_kernel(Source source, TileOutput out, bool power_of_two) {
-  __shared__ __align__(16) TileShared<kBand> shared;
+  __shared__ __align__(16) TileShared<typename Source::Element, kBand> shared;
   const TileShape tile = tile_of(source.rows, source.cols, blockIdx.x);
   if (source.vector && tile.full())
     cast_source<kWrites, true>(source, out, tile, shared, power_of_two);

@@ -347,6 +347,23 @@ def test_compiles_as_one_graph(device):
 
 
 @pytest.mark.gpu
+def test_training_in_several_streams():
+    """Tiles wait for tiles of their own launch: launches that share the device must not stop each other."""
+    inputs = [data(rows, cols, torch.bfloat16, "cuda") for rows, cols in ((1000, 4096), (300, 8192), (3000, 512))]
+    want = [ops.rms_norm_quantize(x, w, EPS, True) for x, w in inputs]
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    got = []
+    for turn in range(12):
+        with torch.cuda.stream(streams[turn % 4]):
+            got.append(ops.rms_norm_quantize(*inputs[turn % 3], EPS, True))
+    torch.cuda.synchronize()
+    for turn, out in enumerate(got):
+        for a, b in zip(out, want[turn % 3], strict=True):
+            same_bytes(a, b)
+
+
+@pytest.mark.gpu
 def test_graph_capture():
     for op, args in _calls("cuda"):
         expected = op(*args)
