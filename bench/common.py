@@ -1,7 +1,8 @@
 """What every bench shares: correctness gate, interleaved timing with a cold L2, ceilings, one table, JSON lines.
 
 The chip throttles, so a time alone says little: each line carries its share of a ceiling measured in the same run and
-the ratio to the best peer, timed in turn with ours.
+the ratio to the best peer, timed in turn with ours. What is bound by bytes also carries its share of a plain copy of as
+many bytes, timed in turn as well: a small copy is slower than the large one that is the ceiling.
 """
 
 import json
@@ -16,6 +17,8 @@ from pathlib import Path
 import torch
 
 Run = Callable[[], object]
+COPY = "a copy of as many bytes"
+LARGEST_COPY = 1 << 33  # bytes; larger ones run at the ceiling
 PEERS = ("sgl-deep-gemm", "deep_gemm", "torchao", "bitsandbytes", "liger-kernel", "triton")
 
 
@@ -44,6 +47,7 @@ class Line:
     tflops: float | None
     gbps: float | None
     share_of_ceiling: float
+    share_of_copy: float | None
     peer: str | None
     ratio_to_peer: float | None
     peers_us: dict[str, float]
@@ -115,7 +119,8 @@ class Bench:
                 usable[name] = run
             except Exception as reason:  # a peer that cannot take this shape is left out, visibly
                 print(f"  peer {name} left out at {case.shape}: {str(reason).splitlines()[0][:90]}")
-        times = self._interleaved({"ours": case.ours, **usable}, case.queue_cycles)
+        times = self._interleaved({"ours": case.ours, **usable, **self._copy(case.bytes)}, case.queue_cycles)
+        copy_us = times.pop(COPY, None)
         times = {name: us / case.calls for name, us in times.items()}
         us = times.pop("ours")
         best = min(times, key=times.get) if times else None
@@ -133,6 +138,7 @@ class Bench:
             tflops=tflops,
             gbps=gbps,
             share_of_ceiling=floor_us / us,
+            share_of_copy=copy_us / us if copy_us else None,
             peer=best,
             ratio_to_peer=times[best] / us if best else None,
             peers_us=times,
@@ -143,12 +149,21 @@ class Bench:
         print(self._row(line), flush=True)
         return line
 
+    def _copy(self, moved: float) -> dict[str, Run]:
+        """Reads half of the bytes and writes half; by a kernel, which outruns the driver's copy at these sizes."""
+        if self.device.type != "cuda" or not 0 < moved <= LARGEST_COPY:
+            return {}
+        source = torch.empty(int(moved) // 8, dtype=torch.int32, device=self.device)
+        target = torch.empty_like(source)
+        return {COPY: lambda: torch.bitwise_not(source, out=target)}
+
     @staticmethod
     def _row(line: Line) -> str:
         rate = flop_rate(line.tflops) if line.tflops else f"{line.gbps:8.0f} GB/s   "
         peer = f"{line.ratio_to_peer:5.2f}x {line.peer}" if line.peer else "    - no peer"
         return (
             f"{line.op:28s} {line.shape:26s} {line.us:10.1f} us {rate} {100 * line.share_of_ceiling:5.0f} % of ceiling"
+            f" {f'{100 * line.share_of_copy:4.0f} % of copy' if line.share_of_copy else '':14s}"
             f"  {peer:28s} error {line.error:.1e}"
         )
 

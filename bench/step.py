@@ -82,18 +82,16 @@ class LayerRun:
     parameters: dict[str, torch.Tensor]  # by the last two parts of their names
     grads: tuple[torch.Tensor, ...]
 
-    def step(self) -> None:
-        for t in (*self.inputs, *self.parameters.values()):
-            t.grad = None
-        torch.autograd.backward(self.forward(), self.grads)
+    def step(self) -> dict[str, torch.Tensor]:
+        """Gradients of the first input and of the parameters."""
+        wanted = [*self.inputs, *self.parameters.values()]
+        found = torch.autograd.grad(self.forward(), wanted, self.grads)
+        return dict(zip(["input", *self.parameters], [found[0], *found[len(self.inputs) :]], strict=True))
 
     def error(self, reference: "LayerRun") -> float:
-        """The larger relative error of the gradients of the input and of any parameter."""
-        self.step()
-        reference.step()
-        pairs = [(self.inputs[0].grad, reference.inputs[0].grad)]
-        pairs += [(p.grad, reference.parameters[key].grad) for key, p in self.parameters.items()]
-        return max(relative_error(a, b) for a, b in pairs)
+        """The largest relative error of a gradient."""
+        ours, theirs = self.step(), reference.step()
+        return max(relative_error(gradient, theirs[key]) for key, gradient in ours.items())
 
     def saved_bytes(self) -> int:
         """Bytes of distinct storages that the forward pass keeps for the backward, parameters left out."""

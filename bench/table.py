@@ -96,7 +96,8 @@ def _about(device: str, families: list[Family]) -> str:
     facts += [f"{name} {_each(versions, name)}" for name in peers]
     return (
         f"{device}: {', '.join(facts)}.\n"
-        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed."
+        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed. "
+        "In brackets: of a copy of as many bytes."
     )
 
 
@@ -180,6 +181,9 @@ def _row(op: str, by_bytes: bool, lines: list[dict], commit: str) -> str:
     else:
         rate = _span([line["tflops"] for line in lines], "{:,.0f}") + " TFLOP/s"
     share = _span([100 * line["share_of_ceiling"] for line in lines], "{:.0f}") + " %"
+    copies = [100 * line["share_of_copy"] for line in lines if line.get("share_of_copy")]
+    if copies:
+        share += f" ({_span(copies, '{:.0f}')} %)"
     cells = [f"`{name}` {rest}".strip(), shapes, rate, share, _peers(lines), commit]
     return f"| {' | '.join(cells)} |"
 

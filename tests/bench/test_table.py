@@ -48,7 +48,7 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
     write(
         tree,
         {"peers_us": {"peer": 4.0, "slow": 20.0}},
-        {"shape": "3x4", "gbps": 3000.0, "share_of_ceiling": 1.0, "peers_us": {"peer": 16.0}},
+        {"shape": "3x4", "gbps": 3000.0, "share_of_ceiling": 1.0, "share_of_copy": 1.04, "peers_us": {"peer": 16.0}},
         {"op": "product", "gbps": None, "tflops": 1234.4, "peers_us": {}},
         {"op": "step wall", "shape": "5 tensors float32", "peers_us": {}},
     )
@@ -57,7 +57,7 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
     assert text.startswith(f"before\n{table.BEGIN}\n\nA GPU: torch 2.11, driver 570.1, copy 3.00 TB/s, x 1.\n")
     assert text.endswith(f"\n\n{table.END}\nafter\n")
     peers = "peer 4.00x (2.00 to 8.00), slow 10.00x"
-    assert f"| `cast` both | 2: 1x2 to 3x4 | 1.50 to 3.00 TB/s | 50 to 100 % | {peers} | abc |" in text
+    assert f"| `cast` both | 2: 1x2 to 3x4 | 1.50 to 3.00 TB/s | 50 to 100 % (104 %) | {peers} | abc |" in text
     assert "| `product` | 1x2 | 1,234 TFLOP/s | 50 % |  | abc |" in text
     assert "| `step` wall float32 | 5 tensors float32 | 1.50 TB/s | 50 % |  | abc |" in text
     assert run(table, tree, "--check") == 0
