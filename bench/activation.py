@@ -4,6 +4,7 @@ import torch
 
 from eightfold import reference
 
+from . import chains
 from .common import Bench, Case, compiled, relative_error
 
 ops = torch.ops.eightfold
@@ -14,7 +15,7 @@ def run(bench: Bench) -> None:
     for rows, cols in ((16384, 11008), (16384, 18944)) if cuda else ((512, 1536), (2048, 4096)):
         gate, up, dh = (torch.randn(rows, cols, device=bench.device, dtype=torch.bfloat16) for _ in range(3))
         n, shape = rows * cols, f"{rows}x{cols}"
-        for training in (False, True):
+        for training, chain in ((False, chains.swiglu), (True, chains.swiglu_training)):
             bench.add(
                 Case(
                     f"swiglu_quantize {'training' if training else 'inference'}",
@@ -25,7 +26,7 @@ def run(bench: Bench) -> None:
                     ),
                     tolerance=5e-3,
                     bytes=4 * n + (1 + 2 * training) * n * (1 + 4 / 128),
-                    peers={"torch.compile": compiled(_plain, gate, up)} if cuda and not training else {},
+                    peers={"torch.compile": compiled(chain, gate, up)} if cuda else {},
                 )
             )
         saved = ops.swiglu_quantize(gate, up, True)[2:]
@@ -39,15 +40,10 @@ def run(bench: Bench) -> None:
                 ),
                 tolerance=5e-3,
                 bytes=2 * n + 7 * n * (1 + 4 / 128),
+                peers={"torch.compile": compiled(chains.swiglu_backward, dh, *saved)} if cuda else {},
             )
         )
 
 
 def _error(got, expected) -> float:
     return relative_error(*(reference.dequantize(c, s, [1, 128], torch.float32) for c, s in (got, expected)))
-
-
-def _plain(gate, up):
-    groups = (torch.nn.functional.silu(gate.float()) * up.float()).view(gate.shape[0], -1, 128)
-    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
-    return (groups / scales).to(torch.float8_e4m3fn).view(gate.shape), scales[..., 0].t().contiguous()

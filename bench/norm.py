@@ -4,10 +4,11 @@ import torch
 
 from eightfold import reference
 
+from . import chains
 from .common import Bench, Case, compiled, relative_error
 
 ops = torch.ops.eightfold
-EPS = 1e-5
+EPS = chains.EPS
 
 
 def run(bench: Bench) -> None:
@@ -19,6 +20,8 @@ def run(bench: Bench) -> None:
         for training in (False, True):
             written = (1 + training * 2) * n * (1 + 4 / 128)
             name = "training" if training else "inference"
+            plain = chains.norm_training if training else chains.norm
+            plain_add = chains.add_norm_training if training else chains.add_norm
             bench.add(
                 Case(
                     f"rms_norm_quantize {name}",
@@ -27,7 +30,7 @@ def run(bench: Bench) -> None:
                     error=lambda x=x, w=weight, t=training: _error(ops, x, w, t),
                     tolerance=5e-3,
                     bytes=2 * n + written,
-                    peers={"torch.compile": compiled(_plain, x, weight)} if cuda and not training else {},
+                    peers={"torch.compile": compiled(plain, x, weight)} if cuda else {},
                 )
             )
             bench.add(
@@ -40,6 +43,7 @@ def run(bench: Bench) -> None:
                     ),
                     tolerance=5e-3,
                     bytes=6 * n + written,
+                    peers={"torch.compile": compiled(plain_add, x, residual, weight)} if cuda else {},
                 )
             )
         _, x_codes, x_scales, rstd = ops.rms_norm(x, weight, EPS, True)
@@ -54,6 +58,7 @@ def run(bench: Bench) -> None:
                 ),
                 tolerance=5e-3,
                 bytes=5 * n,
+                peers={"torch.compile": compiled(chains.norm_backward, *arguments[:-1])} if cuda else {},
             )
         )
 
@@ -64,10 +69,3 @@ def _error(ops, x, weight, training) -> float:
     return relative_error(
         *(reference.dequantize(c, s, [1, 128], torch.float32) for c, s in ((codes, scales), expected))
     )
-
-
-def _plain(x, weight):
-    y = torch.nn.functional.rms_norm(x, (x.shape[1],), weight, EPS)
-    groups = y.float().view(x.shape[0], -1, 128)
-    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
-    return (groups / scales).to(torch.float8_e4m3fn).view(x.shape), scales[..., 0].t().contiguous()

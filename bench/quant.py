@@ -5,6 +5,7 @@ import torch
 from eightfold import reference
 from eightfold.ops.layouts import ceil_div
 
+from . import chains
 from .common import Bench, Case, compiled
 
 ops = torch.ops.eightfold
@@ -39,7 +40,7 @@ def run(bench: Bench) -> None:
                 error=lambda x=x: _different_bytes(ops.quantize_both(x), reference.quantize_both(x)),
                 tolerance=0.0,
                 bytes=4 * n + 8 * n / 128,
-                peers={"torch.compile": compiled(lambda x: (_plain(x), _plain(x.t())), x)} if x.is_cuda else {},
+                peers={"torch.compile": compiled(chains.both, x)} if x.is_cuda else {},
             )
         )
         codes, scales = ops.quantize(x, (1, 128))
@@ -61,18 +62,6 @@ def _different_bytes(got: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor
     return sum((a != b).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
 
 
-def _plain(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    groups = x.float().view(x.shape[0], -1, 128)
-    scales = groups.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
-    return (groups / scales).to(torch.float8_e4m3fn).view(x.shape), scales[..., 0].t().contiguous()
-
-
-def _plain_square(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    blocks = x.float().view(x.shape[0] // 128, 128, x.shape[1] // 128, 128)
-    scales = blocks.abs().amax((1, 3), keepdim=True).clamp(min=1e-10) / 448
-    return (blocks / scales).to(torch.float8_e4m3fn).view(x.shape), scales[:, 0, :, 0]
-
-
 def _peers(x: torch.Tensor, group: tuple[int, int]) -> dict:
-    plain = {(1, 128): _plain, (128, 128): _plain_square}.get(group)
+    plain = {(1, 128): chains.rows, (128, 128): chains.squares}.get(group)
     return {"torch.compile": compiled(plain, x)} if x.is_cuda and plain else {}

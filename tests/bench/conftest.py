@@ -14,6 +14,7 @@ def bench():
     try:
         import bench
         import bench.__main__
+        import bench.chains
         import bench.step
         import bench.table
     finally:
