@@ -94,11 +94,13 @@ def _about(device: str, families: list[Family]) -> str:
         facts.insert(1, f"driver {_each(machines, 'driver')}")
     peers = sorted({name for found in versions for name in found} - {"torch"})
     facts += [f"{name} {_each(versions, name)}" for name in peers]
-    return (
+    text = (
         f"{device}: {', '.join(facts)}.\n"
-        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed. "
-        "In brackets: of a copy of as many bytes."
+        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed."
     )
+    if any(line.get("share_of_copy") for family in families for line in family.lines):
+        text += " In brackets: of a copy of as many bytes."
+    return text
 
 
 def _each(records: list[dict], key: str) -> str:

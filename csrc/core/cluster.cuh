@@ -11,16 +11,8 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return rank;
 }
 
-// All threads of all blocks of the cluster; orders their shared-memory accesses before it against those after it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release;\n"
-      "barrier.cluster.wait.acquire;\n" ::
-          : "memory");
-}
-
-// The meeting alone, for after barrier_init_fence(), which has made the barriers seen: no fence of all memory. Not for the end of a
-// block at whose barriers others arrive: their arrivals may still be on their way.
+// All threads of all blocks of the cluster. For after barrier_init_fence(), which has made the barriers seen: no fence of all memory. Not
+// for the end of a block at whose barriers others arrive: their arrivals may still be on their way.
 __device__ __forceinline__ void cluster_meet() {
   asm volatile(
       "barrier.cluster.arrive.relaxed;\n"

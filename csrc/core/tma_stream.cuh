@@ -1,4 +1,4 @@
-// The copy engine for data that passes through once: loads that leave the L2 cache first, prefetches into it, plain byte runs.
+// The copy engine for data that passes through once: loads that leave the L2 cache first, plain byte runs, prefetches.
 #pragma once
 
 #include <cuda.h>
@@ -22,22 +22,6 @@ __device__ __forceinline__ void tma_load_2d_policy(uint32_t shared, const CUtens
           shared),
       "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "l"(policy)
       : "memory");
-}
-
-// tma_load_2d_multicast under an L2 policy.
-__device__ __forceinline__ void tma_load_2d_multicast_policy(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int32_t x,
-                                                             int32_t y, uint16_t blocks, uint64_t policy) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint [%0], [%1, {%3, %4}], "
-      "[%2], %5, %6;" ::"r"(shared),
-      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "h"(blocks), "l"(policy)
-      : "memory");
-}
-
-// Brings a box into the L2 cache. Nothing is observed, so it needs no order with the box's writers.
-__device__ __forceinline__ void tma_prefetch_2d(const CUtensorMap* map, int32_t x, int32_t y) {
-  asm volatile("cp.async.bulk.prefetch.tensor.2d.L2.global [%0, {%1, %2}];" ::"l"(reinterpret_cast<uint64_t>(map)), "r"(x), "r"(y)
-               : "memory");
 }
 
 __device__ __forceinline__ void prefetch_l2(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global) : "memory"); }

@@ -13,17 +13,17 @@ constexpr int64_t kFp8GemmSmallRows = 128;
 constexpr int kFp8GemmSmallWidths[] = {96, 80, 64, 56, 48, 40, 32};  // rows of b in a tile
 constexpr int kFp8GemmSmallStages = 24;                              // at most
 constexpr int kFp8GemmSmallShared = 231424;                          // bytes, all of a multiprocessor's
+// Bytes of b's codes that a block asks the L2 cache for while it waits for the kernels ahead.
+constexpr int kFp8GemmSmallAhead = 32768;
 
 struct Fp8GemmSmallPlan {
-  int width;         // one of kFp8GemmSmallWidths
-  int halves;        // 2: neighbours have the same rows of b and 64 rows of a each
-  int teams;         // math warpgroups of a block, 64 rows of a each
-  int rows;          // of a that a block loads
-  int64_t tiles;     // of b, counted as if all blocks had as many as the one with most
-  int grid;          // blocks: halves for each part of b's rows
-  int stages;        // of the ring
-  int shared_bytes;  // dynamic
-  int ahead_bytes;   // of b's codes that a block asks the L2 cache for while it waits for the kernels ahead
+  int width;      // one of kFp8GemmSmallWidths
+  int halves;     // 2: neighbours have the same rows of b and 64 rows of a each
+  int teams;      // math warpgroups of a block, 64 rows of a each
+  int rows;       // of a that a block loads
+  int64_t tiles;  // of b, counted as if all blocks had as many as the one with most
+  int grid;       // blocks: halves for each part of b's rows
+  int stages;     // of the ring
 };
 
 constexpr bool fp8_gemm_small_takes(int64_t m, int b_group_rows) { return m <= kFp8GemmSmallRows && b_group_rows == 128; }
@@ -54,10 +54,8 @@ inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k,
   }
   // More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair.
   const int under_way = n * k < int64_t{64} << 20 ? 64 * 1024 : 80 * 1024;
-  best.shared_bytes = kFp8GemmSmallShared;
-  best.ahead_bytes = 32768;
   const int stage_bytes = (best.rows + best.width) * 128 + best.teams * 256;
-  best.stages = std::min({kFp8GemmSmallStages, (best.shared_bytes - 1024) / stage_bytes, std::max(6, under_way / (best.width * 128))});
+  best.stages = std::min({kFp8GemmSmallStages, (kFp8GemmSmallShared - 1024) / stage_bytes, std::max(6, under_way / (best.width * 128))});
   return best;
 }
 

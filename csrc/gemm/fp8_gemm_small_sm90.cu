@@ -394,7 +394,7 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, c
   kernel_args.rows = static_cast<uint32_t>(plan.rows);
   kernel_args.stages = static_cast<uint32_t>(plan.stages);
   kernel_args.ahead_bytes =
-      static_cast<uint32_t>(std::min<int64_t>(plan.ahead_bytes / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
+      static_cast<uint32_t>(std::min<int64_t>(kFp8GemmSmallAhead / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
   const int64_t block_rows = plan.halves == 2 ? kTeamRows : 2 * kTeamRows;
   const auto scale_bytes = [&](int64_t rows) { return static_cast<uint32_t>((rows + 3) / 4 * 16); };
   kernel_args.scale_bytes[0] = scale_bytes(std::min(args.m, block_rows));
@@ -413,7 +413,7 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmSmallPlan& plan, int device, c
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(plan.grid);
   config.blockDim = dim3(C::kThreads);
-  config.dynamicSmemBytes = static_cast<size_t>(plan.shared_bytes);
+  config.dynamicSmemBytes = kFp8GemmSmallShared;
   config.stream = stream;
   config.attrs = attributes;
   config.numAttrs = 1;

@@ -15,8 +15,7 @@
 // quotient, a maximum and a conversion an element and output, so the GPU divides through a reciprocal a group that is proven
 // to give the bytes of IEEE division (core/fp8_vector.cuh).
 //
-// GPU: 128 x 128 tiles held in registers (tile_cast.cuh); 1x128 alone walks rows (cast_sm90.cu). CPU: rows, or bands of 128 rows, over the
-// threads.
+// GPU: one kernel shape, 128 x 128 tiles held in registers (tile_cast.cuh). CPU: rows, or bands of 128 rows, over the threads.
 //
 // Limits: last dimension contiguous, any row stride; 16-byte accesses where address, stride and width allow them, else scalar
 // ones with the same bytes. Column codes: ld a multiple of 16, base 16-byte aligned. Row scales: ld a multiple of 4. Sizes may

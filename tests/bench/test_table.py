@@ -55,6 +55,7 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
     assert run(table, tree) == 0
     text = (tree / "README.md").read_text()
     assert text.startswith(f"before\n{table.BEGIN}\n\nA GPU: torch 2.11, driver 570.1, copy 3.00 TB/s, x 1.\n")
+    assert "In brackets: of a copy of as many bytes." in text
     assert text.endswith(f"\n\n{table.END}\nafter\n")
     peers = "peer 4.00x (2.00 to 8.00), slow 10.00x"
     assert f"| `cast` both | 2: 1x2 to 3x4 | 1.50 to 3.00 TB/s | 50 to 100 % (104 %) | {peers} | abc |" in text
@@ -77,6 +78,7 @@ def test_steps_and_profiles(table, tree):
     write(tree, {"peers_us": {}})
     assert run(table, tree) == 0
     text = (tree / "README.md").read_text()
+    assert "In brackets" not in text
     for row in (
         "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U | abc |",
         "| 1B 4x2048 | bf16 | 150.0 ms (1.50x ours) |  | peak 40.00 GB (2.00x ours) | abc |",
