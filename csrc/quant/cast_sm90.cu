@@ -1,12 +1,9 @@
 // The casts alone, on Hopper: sources for the tile kernel, and the two kernels that move codes without quantising.
 #include "quant/cast.h"
-#include "quant/row_cast.cuh"
 #include "quant/tile_cast.cuh"
 
 namespace eightfold::quant {
 namespace {
-
-bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 
 template <class T>
 struct TensorSource {

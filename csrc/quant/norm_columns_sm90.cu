@@ -18,7 +18,7 @@ struct NormedCodes {
   explicit NormedCodes(const RmsNormColumns& op)
       : rows(op.x.rows),
         cols(op.x.cols),
-        vector(reinterpret_cast<uintptr_t>(op.x.codes) % 8 == 0 && op.x.ld % 8 == 0 && aligned16(op.weight)),
+        vector(aligned(op.x.codes, 8) && op.x.ld % 8 == 0 && aligned16(op.weight)),
         x(op.x),
         rstd(op.rstd),
         weight(op.weight),

@@ -11,11 +11,11 @@ namespace eightfold::quant {
 // take part.
 template <class T>
 __device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const Quantized& out, int64_t row, int64_t col, int64_t cols, int count,
-                                               bool vector, bool power_of_two = false) {
+                                               bool vector) {
   uint32_t maximum = octet_maximum(x);
 #pragma unroll
   for (int mask = 8; mask > 0; mask /= 2) fold_maxima<T>(maximum, mask);
-  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), power_of_two);
+  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), false);
   if (count <= 0) return;
   const GroupDivider<T> by = GroupDivider<T>::of(scale);
   if (col % kTile == 0) out.scales[row + col / kTile * out.scale_ld] = scale;
@@ -25,8 +25,7 @@ __device__ __forceinline__ void cast_row_octet(const Octet<T>& x, const Quantize
 // The same for four octets of a row, 256 columns apart, the first at `col`; of columns from `cols` on nothing is written. Four lanes
 // share the scale of a group.
 template <class T>
-__device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantized& out, int64_t row, int col, int cols, bool vector,
-                                                bool power_of_two = false) {
+__device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantized& out, int64_t row, int col, int cols, bool vector) {
   const int lane = threadIdx.x & 31;
   uint32_t maxima[4];
 #pragma unroll
@@ -35,7 +34,7 @@ __device__ __forceinline__ void cast_row_octets(const Octet<T>* x, const Quantiz
   split_maxima<T, 4, 1>(maxima, lane);
   fold_maxima<T>(maxima[0], 2);
   fold_maxima<T>(maxima[0], 1);
-  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maxima[0])), power_of_two);
+  const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maxima[0])), false);
   const GroupDivider<T> own = GroupDivider<T>::of(scale);
   const int own_col = (col & ~(kTile - 1)) + lane / 4 % 4 * 256;
   if (lane % 4 == 0 && own_col < cols) out.scales[row + own_col / kTile * out.scale_ld] = scale;
@@ -62,11 +61,5 @@ __device__ __forceinline__ void load_weights(const void* weight, bool bf16, int6
     for (int j = 0; j < 8; ++j) out[j] = w.value(j);
   }
 }
-
-EF_HD TileOutput tile_output(const Quantized& rows, const Quantized& cols) {
-  return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
-}
-
-inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace eightfold::quant

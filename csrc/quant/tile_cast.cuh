@@ -18,6 +18,7 @@
 
 #include "core/fp8_vector.cuh"
 #include "core/launch.cuh"
+#include "quant/cast.h"
 #include "quant/tile.cuh"
 
 namespace eightfold::quant {
@@ -39,6 +40,13 @@ struct TileOutput {
   float* col_scales;
   int64_t col_scale_ld;
 };
+
+EF_HD TileOutput tile_output(const Quantized& rows, const Quantized& cols) {
+  return {rows.codes, rows.scales, rows.scale_ld, cols.codes, cols.code_ld, cols.scales, cols.scale_ld};
+}
+
+inline bool aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+inline bool aligned16(const void* p) { return aligned(p, 16); }
 
 // The dividers of the groups of a tile: rows, or columns.
 struct Dividers {
