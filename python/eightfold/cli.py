@@ -35,7 +35,8 @@ def script() -> int:
     """The console script: ``main``, and for torchrun's processes an end without teardown."""
     code = main()
     if _processes() > 1:
-        # The process group's threads may want the interpreter while it is being torn down, and then abort the process.
+        # DTensor's caches keep gloo's threads past destroy_process_group; one that still lets go of a tensor while the
+        # interpreter is being torn down aborts the process.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
