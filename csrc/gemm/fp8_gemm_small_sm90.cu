@@ -32,7 +32,6 @@
 #include "core/tma.cuh"
 #include "core/tma_stream.cuh"
 #include "core/wgmma.cuh"
-#include "core/wgmma_narrow.cuh"
 #include "gemm/fp8_gemm_epilogue.cuh"
 #include "gemm/fp8_gemm_launch.h"
 #include "gemm/fp8_gemm_maps.h"

@@ -1,6 +1,5 @@
 // The casts alone, on the CPU: rows, or tiles of 128 x 128, over the threads.
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "core/fp8.h"

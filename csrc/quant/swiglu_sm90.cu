@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "core/barrier.cuh"
 #include "core/device.h"
 #include "core/math.h"
