@@ -38,6 +38,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
 
   // rotary position embedding
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
+  m.def(
+      "rotary_backward_quantize(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool columns=True, bool bias=False) -> (Tensor "
+      "codes, Tensor scales, Tensor col_codes, Tensor col_scales, Tensor dbias)");
 
   // loss
   m.def(

@@ -43,6 +43,7 @@ class Tensor {
     if (handle_ != nullptr) aoti_torch_delete_tensor_object(handle_);
   }
 
+  AtenTensorHandle get() const { return handle_; }
   AtenTensorHandle release() { return std::exchange(handle_, nullptr); }
   void* data_ptr() const { return data_; }
   int64_t dim() const { return dim_; }

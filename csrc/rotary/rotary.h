@@ -24,6 +24,7 @@ struct Rotary {
 };
 
 void rotary_cpu(const Rotary& op);
+void rotate_head(float* x, const float* cos, const float* sin, int64_t half, float sign);  // on the CPU, in place
 void rotary_sm90(const Rotary& op, void* stream);
 
 }  // namespace eightfold

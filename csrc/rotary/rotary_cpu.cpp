@@ -7,7 +7,6 @@
 #include "rotary/rotary.h"
 
 namespace eightfold {
-namespace {
 
 EF_CPU_CLONES void rotate_head(float* x, const float* cos, const float* sin, int64_t half, float sign) {
   for (int64_t i = 0; i < half; ++i) {
@@ -16,8 +15,6 @@ EF_CPU_CLONES void rotate_head(float* x, const float* cos, const float* sin, int
     x[half + i] = second * cos[i] + first * s;
   }
 }
-
-}  // namespace
 
 void rotary_cpu(const Rotary& op) {
   const int64_t half = op.dim / 2;

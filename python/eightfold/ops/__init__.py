@@ -21,7 +21,7 @@ from eightfold.ops.quant import (
     requantize,
     transpose,
 )
-from eightfold.ops.rotary import rotary
+from eightfold.ops.rotary import rotary, rotary_backward_quantize
 
 build_info = _library.build_info
 
@@ -46,6 +46,7 @@ __all__ = [
     "rms_norm_columns",
     "rms_norm_quantize",
     "rotary",
+    "rotary_backward_quantize",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose",

@@ -23,7 +23,7 @@ from eightfold.reference.quant import (
     requantize,
     transpose_codes,
 )
-from eightfold.reference.rotary import rotary
+from eightfold.reference.rotary import rotary, rotary_backward_quantize
 
 __all__ = [
     "adamw_dre_",
@@ -44,6 +44,7 @@ __all__ = [
     "rms_norm_columns",
     "rms_norm_quantize",
     "rotary",
+    "rotary_backward_quantize",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose_codes",

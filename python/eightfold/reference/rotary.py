@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from eightfold.reference.quant import quantize_beside
+
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotates the halves of each head of ``x`` [batch, tokens, heads, dim] by the angles of ``cos`` and ``sin``.
@@ -13,3 +15,17 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor
     first, second = x.float().chunk(2, dim=-1)
     sin = -sin if inverse else sin
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+def rotary_backward_quantize(
+    dq: Tensor, dk: Tensor, dv: Tensor, cos: Tensor, sin: Tensor, columns: bool = True, bias: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """``quantize_beside`` of dq and dk, rotated back, and dv, all [batch, tokens, heads, dim], and the sums of the
+    rounded values over batch and tokens (float32; here added up in float64, in the kernels in an order of their own).
+
+    The columns and the sums are of size 0 unless wanted.
+    """
+    parts = rotary(dq, cos, sin, inverse=True), rotary(dk, cos, sin, inverse=True), dv
+    parts = [part.reshape(part.shape[0] * part.shape[1], part.shape[2] * part.shape[3]) for part in parts]
+    dbias = torch.cat(parts, 1).double().sum(0).float() if bias else dq.new_empty(0, dtype=torch.float32)
+    return *quantize_beside(parts, columns), dbias
