@@ -63,12 +63,14 @@ class DecoderLayer(nn.Module):
 
     def forward(self, stream, branch, tables, bias, cache):
         attn = self.self_attn
-        projections = (attn.q_proj, attn.k_proj, attn.v_proj)
-        stream, qkv = self.compute.norm_linears(branch, self.input_layernorm, projections, stream)
-        q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
-        if attn.q_norm is not None:
+        projections, norm = (attn.q_proj, attn.k_proj, attn.v_proj), self.input_layernorm
+        if attn.q_norm is None:
+            stream, (q, k, v) = self.compute.norm_qkv(branch, norm, projections, tables, attn.head_dim, stream)
+        else:
+            stream, qkv = self.compute.norm_linears(branch, norm, projections, stream)
+            q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
             q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
-        q, k = rotary(q, *tables), rotary(k, *tables)
+            q, k = rotary(q, *tables), rotary(k, *tables)
         if cache is not None:
             k, v = cache.append(self.index, k, v)
         mixed = self.compute.attention_output(causal_attention(q, k, v, bias), attn.o_proj)

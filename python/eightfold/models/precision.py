@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from eightfold.models.head import logits
 from eightfold.nn import WeightCache
 from eightfold.nn import functional as fused
+from eightfold.ops import rotary
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Save = Literal["columns", "input"]
@@ -79,6 +80,12 @@ class FP32:
         stream = x if residual is None else x + residual
         y = self.norm(stream, norm)
         return stream, [self.linear(y, layer) for layer in layers]
+
+    def norm_qkv(self, x, norm, layers, tables, head_dim, residual=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """(stream, [q, k, v] as heads [B, T, heads, head_dim], q and k rotated by the tables cos and sin)."""
+        stream, qkv = self.norm_linears(x, norm, layers, residual)
+        q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in qkv)
+        return stream, [rotary(q, *tables), rotary(k, *tables), v]
 
     def norm_mlp(self, x, norm, mlp, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, the SwiGLU block's output on the normed stream), stream = x + residual."""
@@ -147,11 +154,21 @@ class FP8(BF16):
         return fused.fp8_rms_norm(x, norm.weight, norm.eps)
 
     def norm_linears(self, x, norm, layers, residual=None):
-        weights, biases, caches = zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
+        weights, biases, caches = self._parameters(layers)
         stream, out = fused.fp8_norm_linears(
             x, norm.weight, norm.eps, weights, biases, residual, self.save, caches=caches
         )
         return x if stream is None else stream, out
+
+    def norm_qkv(self, x, norm, layers, tables, head_dim, residual=None):
+        weights, biases, caches = self._parameters(layers)
+        stream, out = fused.fp8_norm_qkv(
+            x, norm.weight, norm.eps, weights, biases, tables, head_dim, residual, self.save, caches=caches
+        )
+        return x if stream is None else stream, out
+
+    def _parameters(self, layers):
+        return zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
 
     def norm_mlp(self, x, norm, mlp, residual=None):
         layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)

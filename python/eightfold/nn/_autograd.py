@@ -81,40 +81,50 @@ class RMSNorm(torch.autograd.Function):
 
 
 class NormLinears(torch.autograd.Function):
+    """With tables (cos, sin), the three layers are those before attention: their outputs are heads of ``head_dim``,
+    [batch, tokens, heads, dim], the first two rotated."""
+
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, eps, save_columns, caches, *weights_and_biases):
+    def forward(ctx, x, residual, norm_weight, eps, save_columns, caches, cos, sin, head_dim, *weights_and_biases):
         n = len(caches)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         total, rows, columns, normed = norm_forward(x, residual, norm_weight, eps, True)
-        if not save_columns or not any(ctx.needs_input_grad[6 : 6 + n]):
+        if not save_columns or not any(ctx.needs_input_grad[9 : 9 + n]):
             columns = None, None
-        ctx.save_for_backward(norm_weight, *normed, *columns, *weights)
+        ctx.save_for_backward(norm_weight, *normed, *columns, cos, sin, *weights)
         ctx.caches, ctx.has_residual = caches, residual is not None
         ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
         out = p.products(rows, weights, biases, x.dtype, caches, as_one=False)
         out = [y.view(*x.shape[:-1], y.shape[1]) for y in out]
+        if cos is not None:
+            out = p.rotated_heads(out, (cos, sin), head_dim)
         return tuple(out) if total is None else (total, *out)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grads):
-        norm_weight, codes, scales, rstd, col_codes, col_scales, *weights = ctx.saved_tensors
+        norm_weight, codes, scales, rstd, col_codes, col_scales, cos, sin, *weights = ctx.saved_tensors
         dsum, grads = (grads[0], grads[1:]) if ctx.has_residual else (None, grads)
         n = len(weights)
-        needs = ctx.needs_input_grad
-        needs_weights, needs_biases = needs[6 : 6 + n], needs[6 + n :]
-        dys = [p.flat(dy) for dy in grads]
-        gradients = p.output_gradients(dys, weights, needs_weights)
+        needs, dtype = ctx.needs_input_grad, grads[0].dtype
+        needs_weights, needs_biases = needs[9 : 9 + n], needs[9 + n :]
+        if cos is None:
+            shape, dys = grads[0].shape[:-1], [p.flat(dy) for dy in grads]
+            gradients = p.output_gradients(dys, weights, needs_weights)
+            sums = [p.column_sums(dy) if needed else None for dy, needed in zip(dys, needs_biases, strict=True)]
+        else:
+            shape = grads[0].shape[:2]
+            gradients, sums = p.attention_gradients(*grads, (cos, sin), weights, needs_weights, any(needs_biases))
         dx = dnorm = None
         if any(needs[:3]):
-            dnormed = p.input_gradient(gradients, weights, ctx.caches, dys[0].dtype)
-            dx, dnorm = _norm_backward(dnormed, codes, scales, rstd, norm_weight, dsum, grads[0].shape[:-1])
+            dnormed = p.input_gradient(gradients, weights, ctx.caches, dtype)
+            dx, dnorm = _norm_backward(dnormed, codes, scales, rstd, norm_weight, dsum, shape)
         columns = col_codes, col_scales
         if col_codes is None and any(needs_weights):
-            columns = p.norm_columns(codes, scales, rstd, norm_weight, dys[0].dtype)
+            columns = p.norm_columns(codes, scales, rstd, norm_weight, dtype)
         dweights = p.weight_gradients(gradients, columns, weights, needs_weights)
-        dbiases = [p.bias_gradient(dys[i], ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
-        return dx, dx if ctx.has_residual else None, dnorm, None, None, None, *dweights, *dbiases
+        dbiases = [sums[i].to(ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
+        return dx, dx if ctx.has_residual else None, dnorm, *[None] * 6, *dweights, *dbiases
 
 
 class SwiGLU(torch.autograd.Function):

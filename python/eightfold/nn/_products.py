@@ -160,6 +160,13 @@ def products(
     return [gemm.product(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
 
 
+def rotated_heads(out: Sequence[Tensor], tables: Codes, head_dim: int) -> list[Tensor]:
+    """Queries, keys and values [batch, tokens, heads * dim] as heads [batch, tokens, heads, dim], the first two rotated
+    by ``tables``."""
+    q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in out)
+    return [ops.rotary(q, *tables), ops.rotary(k, *tables), v]
+
+
 class Gradients(NamedTuple):
     """Output gradients of one layer, or of several beside each other, as operands."""
 
@@ -178,6 +185,22 @@ def output_gradients(dys: list[Tensor], weights: Sequence[Tensor], needed: Seque
         codes, scales, *columns = ops.quantize_both(dy) if needed[i] else ops.quantize(dy, ROWS)
         out.append(Gradients((codes, scales), tuple(columns) if needed[i] else None, range(i, i + 1)))
     return out
+
+
+def attention_gradients(
+    dq: Tensor, dk: Tensor, dv: Tensor, tables: Codes, weights: Sequence[Tensor], needed: Sequence[bool], biases: bool
+) -> tuple[list[Gradients], list[Tensor] | None]:
+    """``output_gradients`` of the layers behind queries, keys and values, from the gradients of what attention reads
+    [batch, tokens, heads, dim]: the first two were rotated by ``tables`` and are rotated back. With ``biases``, the
+    float32 sums over the tokens, too."""
+    grads = [g if g.stride(-1) == 1 else g.contiguous() for g in (dq, dk, dv)]
+    if can_stack(weights) and all(g.dtype == dq.dtype for g in grads):
+        codes, scales, *columns, sums = ops.rotary_backward_quantize(*grads, *tables, any(needed), biases)
+        shared = [Gradients((codes, scales), tuple(columns) if any(needed) else None, range(3))]
+        return shared, list(sums.split([weight.shape[0] for weight in weights])) if biases else None
+    grads = [ops.rotary(grads[0], *tables, True), ops.rotary(grads[1], *tables, True), grads[2]]
+    dys = [flat(g.flatten(2)) for g in grads]
+    return output_gradients(dys, weights, needed), [column_sums(dy) for dy in dys] if biases else None
 
 
 def input_gradient(
@@ -285,5 +308,9 @@ def _(codes, scales, rstd, weight, dtype):
     return ops.rms_norm_columns(codes, scales, rstd, weight, dtype)
 
 
+def column_sums(dy: Tensor) -> Tensor:
+    return dy.sum(0, dtype=torch.float32)
+
+
 def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.sum(0, dtype=torch.float32).to(dtype)
+    return column_sums(dy).to(dtype)

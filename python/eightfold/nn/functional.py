@@ -5,6 +5,7 @@ What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales 
     fp8_linear            column codes of the input: 0.5 U; with save="input" nothing, but the input by reference
     fp8_norm_linears      row codes of the norm's input, column codes of its output, rstd: 1 U for any number of linears
                           (with save="input" no columns: 0.5 U)
+    fp8_norm_qkv          as fp8_norm_linears, and the tables by reference
     fp8_swiglu_mlp        column codes of the input, row codes of gate and up (h is recomputed): 0.5 U + intermediate
     fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
     fp8_rms_norm          row codes of the input, rstd: 0.5 U
@@ -76,7 +77,42 @@ def fp8_norm_linears(
     ``save="columns"`` keeps that column tensor. ``save="input"`` makes it in the backward pass of the norm's input,
     which is kept in FP8 anyway: 0.5 U less, and weight gradients whose operand was rounded twice (3.6 % off, not 2.6).
     """
-    name = "fp8_norm_linears"
+    return _norm_linears("fp8_norm_linears", x, norm_weight, eps, weights, biases, residual, save, caches)
+
+
+def fp8_norm_qkv(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None] | None,
+    tables: tuple[Tensor, Tensor],
+    head_dim: int,
+    residual: Tensor | None = None,
+    save: str = "columns",
+    *,
+    caches: Sequence[WeightCache | None] | None = None,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """(s, [q, k, v]): ``fp8_norm_linears`` of the three layers before attention, as heads, and ``rotary`` of q and k.
+
+    x [batch, tokens, features]; tables: cos and sin as ``eightfold.ops.rotary`` takes them; q, k and v [batch, tokens,
+    heads, head_dim]. In the backward pass one read of their gradients rotates them back, casts them and adds up those
+    of the biases (``eightfold.ops.rotary_backward_quantize``). All other bits are those of the functions apart.
+    """
+    name = "fp8_norm_qkv"
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x must be [batch, tokens, features], got {list(x.shape)}")
+    if len(weights) != 3:
+        raise ValueError(f"{name}: weights must be those of queries, keys and values, got {len(weights)}")
+    for i, weight in enumerate(weights):
+        if weight.shape[0] % head_dim:
+            raise ValueError(f"{name}: rows of weights[{i}] must be heads of {head_dim}, got {list(weight.shape)}")
+    return _norm_linears(name, x, norm_weight, eps, weights, biases, residual, save, caches, tables, head_dim)
+
+
+def _norm_linears(
+    name, x, norm_weight, eps, weights, biases, residual, save, caches, tables=(None, None), head_dim=None
+):
     if save not in ("columns", "input"):
         raise ValueError(f"{name}: save must be 'columns' or 'input', got {save!r}")
     x = _activation(name, x)
@@ -89,11 +125,13 @@ def fp8_norm_linears(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _check_weight(name, f"weights[{i}]", weight, x.shape[-1], bias)
     if _needs_grad(x, residual, norm_weight, *weights, *biases):
-        out = a.NormLinears.apply(x, residual, norm_weight, eps, save == "columns", caches, *weights, *biases)
+        options = save == "columns", caches, *tables, head_dim
+        out = a.NormLinears.apply(x, residual, norm_weight, eps, *options, *weights, *biases)
         return (None, list(out)) if residual is None else (out[0], list(out[1:]))
     total, rows, _, _ = a.norm_forward(x, residual, norm_weight, eps, False)
     out = p.products(rows, weights, biases, x.dtype, caches, as_one=True)
-    return total, [y.view(*x.shape[:-1], y.shape[1]) for y in out]
+    out = [y.view(*x.shape[:-1], y.shape[1]) for y in out]
+    return total, out if head_dim is None else p.rotated_heads(out, tables, head_dim)
 
 
 def fp8_swiglu_mlp(
