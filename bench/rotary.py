@@ -1,4 +1,4 @@
-"""Rotary position embedding. Floor: queries or keys in and out once, at copy bandwidth."""
+"""Rotary position embedding, and its backward pass with the casts. Floor: all in and out once, at copy bandwidth."""
 
 import torch
 
@@ -29,6 +29,57 @@ def run(bench: Bench) -> None:
                 peers={"torch.compile": compiled(_plain, x, cos, sin)} if cuda else {},
             )
         )
+    layers = ((4, 2048, 32, 32, 128), (4, 2048, 28, 4, 128)) if cuda else ((1, 512, 8, 4, 64),)
+    for layer in layers:
+        for bias in (False, True):
+            _backward(bench, *layer, bias)
+
+
+def _backward(bench: Bench, batch: int, tokens: int, heads: int, kv_heads: int, dim: int, bias: bool) -> None:
+    """The gradients of queries, keys and values as attention leaves them; with ``bias``, the sums of them too."""
+    cuda = bench.device.type == "cuda"
+    shapes = [(batch, tokens, h, dim) for h in (heads, kv_heads, kv_heads)]
+    grads = [torch.randn(s, device=bench.device, dtype=torch.bfloat16) for s in shapes]
+    angle = torch.rand(1, tokens, 1, dim // 2, device=bench.device) * 100
+    inputs = (*grads, angle.cos(), angle.sin())
+    elements = sum(g.numel() for g in grads)
+
+    def error() -> float:
+        ours, exact = (f.rotary_backward_quantize(*inputs, True, bias) for f in (ops, reference))
+        return max(relative_error(a.float(), b.float()) for a, b in zip(ours, exact, strict=True) if a.numel())
+
+    def apart(dq, dk, dv, cos, sin):
+        parts = [ops.rotary(dq, cos, sin, True), ops.rotary(dk, cos, sin, True), dv]
+        parts = [x.flatten(2).flatten(0, 1) for x in parts]
+        return ops.quantize_beside(parts), [x.sum(0, dtype=torch.float32) for x in parts] if bias else None
+
+    peers = {"ops apart": lambda: apart(*inputs)}
+    if cuda:
+        peers["torch.compile"] = compiled(_plain_backward, *inputs, bias)
+    bench.add(
+        Case(
+            "rotary_backward_quantize" + (", sums" if bias else ""),
+            f"{batch}x{tokens}x{heads}+{2 * kv_heads}x{dim}",
+            ours=lambda: ops.rotary_backward_quantize(*inputs, True, bias),
+            error=error,
+            tolerance=1e-5,
+            bytes=4 * elements + elements // 16 + 8 * angle.numel(),
+            peers=peers,
+        )
+    )
+
+
+def _plain_backward(dq, dk, dv, cos, sin, bias):
+    """In torch: codes by rows and by columns, scales, sums."""
+    parts = [_plain(dq, cos, -sin), _plain(dk, cos, -sin), dv]
+    whole = torch.cat([x.flatten(2).flatten(0, 1) for x in parts], 1)
+    rows, cols = whole.shape
+    out = []
+    for x in (whole.view(rows, cols // 128, 128), whole.t().reshape(cols, rows // 128, 128)):
+        x = x.float()
+        scale = x.abs().amax(-1, keepdim=True).clamp(min=1e-10) / 448
+        out += [(x / scale).to(torch.float8_e4m3fn), scale]
+    return *out, whole.sum(0, dtype=torch.float32) if bias else None
 
 
 def _plain(x, cos, sin):

@@ -58,6 +58,14 @@ def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int)
     for inverse in (False, True):
         op.rotary(x, angle.cos(), angle.sin(), inverse)
     for dtype in FORMATS:
+        for rows in (tokens, 8 * tokens):  # with 8 * tokens the fused kernel, at the edges of its tiles
+            tables = [t(torch.rand(1, rows, 1, head_size // 2, device="cuda")) for t in (torch.cos, torch.sin)]
+            shapes = [(2, h, rows, head_size) for h in (32, 32, 3)]
+            grads = [torch.randn(s, device="cuda", dtype=dtype).transpose(1, 2) for s in shapes]
+            for flag in (False, True):
+                op.rotary_backward_quantize(*grads, *tables, flag, True)
+                op.rotary_backward_quantize(*grads, *tables, True, flag)
+    for dtype in FORMATS:
         for training in (False, True):
             op.cross_entropy(torch.randn(tokens, vocabulary, device="cuda", dtype=dtype), labels, training)
 
@@ -103,5 +111,6 @@ if __name__ == "__main__":
         products(m, n, k)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
+    attention_and_loss(19, 2, 64, 40)
     torch.cuda.synchronize()
     print("every op ran")

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from eightfold.models import Decoder, DecoderConfig, load_decoder
 from eightfold.models.decoder import DecoderLayer
+from eightfold.models.precision import FP32
 
 TINY = DecoderConfig("llama", 320, 64, 160, 2, 4, 2, 16)
 
@@ -136,6 +137,35 @@ def test_low_precision_follows_fp32(saved, name, precision, tolerance, device):
     for key, parameter in exact.named_parameters():
         assert grads[key].grad.dtype == torch.float32
         assert distance(grads[key].grad, parameter.grad) < 3 * tolerance, key
+
+
+@pytest.mark.parametrize("save", ["columns", "input"])
+@pytest.mark.parametrize("shape", [(256, 4, 2, 64), (256, 2, 2, 128), (64, 4, 2, 16)], ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_fused_rotary_changes_no_gradient(family, shape, save, device, monkeypatch):
+    """FP8 projections and rotary as one function, beside the two apart: all bits, but for the biases' sums."""
+    hidden, heads, kv_heads, head_dim = shape
+    config = DecoderConfig(family, 320, hidden, 160, 2, heads, kv_heads, head_dim)
+    assert config.qkv_bias == (family == "qwen2")
+    model = Decoder(config, precision="fp8", save=save).to(device)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_()
+    ids, labels, documents = tokens(2, 40, device), tokens(2, 40, device), torch.arange(40, device=device) // 23
+
+    def gradients(**options):
+        loss = model.loss(ids, labels, **options)
+        return loss, torch.autograd.grad(loss, list(model.parameters()))
+
+    for options in ({}, {"document_ids": documents.expand(2, -1)}):
+        fused = gradients(**options)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(model.compute), "norm_qkv", FP32.norm_qkv)
+            apart = gradients(**options)
+        assert torch.equal(fused[0], apart[0])
+        for (name, _), a, b in zip(model.named_parameters(), fused[1], apart[1], strict=True):
+            assert torch.equal(a, b) if not name.endswith("bias") else distance(a, b) < 1e-6, name
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
