@@ -66,18 +66,20 @@ Gradient gradient(const Tensor& t, const Tensor& dq, const char* argument) {
 #ifdef EIGHTFOLD_WITH_CUDA
 // What the fused kernel does not take: each step by its own kernel, the same bytes.
 void separately(const RotaryBackward& op, const Tensor& dq, const Tensor& dk, const Tensor& dv, const Tensor& cos, const Tensor& sin) {
-  const Tensor q = rotary(dq, cos, sin, true), k = rotary(dk, cos, sin, true), v = empty(dv.sizes(), dv.scalar_type(), dv);
-  TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(v.get(), dv.get(), 0));
-  quant::Parts parts{};
-  for (const Tensor* t : {&q, &k, &v}) {
-    parts.data[parts.count] = t->data_ptr();
-    parts.ld[parts.count] = op.parts[parts.count].heads * op.dim;
-    parts.first[parts.count] = op.first(parts.count);
-    ++parts.count;
-  }
-  parts.dtype = op.dtype;
-  parts.rows = op.rows();
-  parts.cols = op.cols();
+  const Tensor q = rotary(dq, cos, sin, true), k = rotary(dk, cos, sin, true);
+  const Gradient& values = op.parts[2];
+  const bool matrix = (values.heads == 1 || values.head_stride == op.dim) &&
+                      (op.batch == 1 || values.batch_stride == op.tokens * values.token_stride);  // one stride from token to token
+  const Tensor copy = matrix ? empty({0}, dv.scalar_type(), dv) : empty(dv.sizes(), dv.scalar_type(), dv);
+  if (!matrix) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), dv.get(), 0));
+  const int64_t width = values.heads * op.dim;
+  const quant::Parts parts{{q.data_ptr(), k.data_ptr(), matrix ? dv.data_ptr() : copy.data_ptr()},
+                           {op.parts[0].heads * op.dim, op.parts[1].heads * op.dim, matrix ? values.token_stride : width},
+                           {op.first(0), op.first(1), op.first(2)},
+                           3,
+                           op.dtype,
+                           op.rows(),
+                           op.cols()};
   void* stream = current_stream(dq);
   quant::quantize_beside_sm90(parts, op.row_codes, op.col_codes, stream);
   if (op.sums) column_sums_sm90(parts, op.sums, op.partials, stream);
