@@ -17,6 +17,7 @@ CLASSES = {
         "quantize",
         "norm",
         "dweight",
+        "_sums",
         "swiglu",
         "silu",
         "float8",

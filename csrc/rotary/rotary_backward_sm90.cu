@@ -131,7 +131,7 @@ __global__ void __launch_bounds__(kTileThreads, kMinBlocks) rotary_cast_kernel(c
   __shared__ __align__(16) TileShared<T, kBand> shared;
   Octet<T> values[kBand];
   load_rotated<kDim>(from, tile_of(from.rows, from.cols, blockIdx.x), values);
-  // Found anew, for registers are short above; that blockIdx.y is 0 the compiler does not know. (Sums leave it no choice anyway.)
+  // Found anew, for registers are short above; that blockIdx.y is 0 the compiler does not know. With sums it keeps nothing that spills.
   const TileShape tile = tile_of(from.rows, from.cols, blockIdx.x + (kSums ? 0 : blockIdx.y));
   if (!octet_exists(tile)) {
 #pragma unroll

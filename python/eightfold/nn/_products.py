@@ -160,7 +160,7 @@ def products(
     return [gemm.product(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
 
 
-def rotated_heads(out: Sequence[Tensor], tables: Codes, head_dim: int) -> list[Tensor]:
+def rotated_heads(out: Sequence[Tensor], tables: tuple[Tensor, Tensor], head_dim: int) -> list[Tensor]:
     """Queries, keys and values [batch, tokens, heads * dim] as heads [batch, tokens, heads, dim], the first two rotated
     by ``tables``."""
     q, k, v = (y.unflatten(-1, (-1, head_dim)) for y in out)
@@ -188,7 +188,13 @@ def output_gradients(dys: list[Tensor], weights: Sequence[Tensor], needed: Seque
 
 
 def attention_gradients(
-    dq: Tensor, dk: Tensor, dv: Tensor, tables: Codes, weights: Sequence[Tensor], needed: Sequence[bool], biases: bool
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    tables: tuple[Tensor, Tensor],
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+    biases: bool,
 ) -> tuple[list[Gradients], list[Tensor] | None]:
     """``output_gradients`` of the layers behind queries, keys and values, from the gradients of what attention reads
     [batch, tokens, heads, dim]: the first two were rotated by ``tables`` and are rotated back. With ``biases``, the
