@@ -13,18 +13,26 @@
 
 namespace eightfold {
 
-struct TensorMap2d {
+// Dimensions from the contiguous one on; unused ones have size, stride and box 0.
+struct TensorMap {
+  static constexpr int kMost = 5;
   const void* base;                     // 16-byte aligned
-  int64_t inner, outer;                 // sizes in elements, inner contiguous; both > 0
-  int64_t stride_bytes;                 // from one outer index to the next, a multiple of 16
-  uint32_t box_inner, box_outer;        // at most 256 each; what lies outside the tensor is filled with zeros
+  int64_t sizes[kMost];                 // in elements, > 0
+  int64_t strides[kMost];               // in bytes, multiples of 16, from one index of the dimension to the next; [0] is not used
+  uint32_t box[kMost];                  // at most 256 each; what lies outside the tensor is filled with zeros
   CUtensorMapDataType type;             // of an element
   int64_t element_bytes;                // of `type`
-  CUtensorMapSwizzle swizzle;           // SWIZZLE_128B wants box_inner * element_bytes <= 128
+  CUtensorMapSwizzle swizzle;           // SWIZZLE_128B wants box[0] * element_bytes <= 128
   CUtensorMapL2promotion l2_promotion;  // how much of a line the cache fetches
+
+  int rank() const {
+    int count = 0;
+    while (count < kMost && sizes[count] > 0) ++count;
+    return count;
+  }
 };
 
-inline CUtensorMap encode_tensor_map_now(const TensorMap2d& t) {
+inline CUtensorMap encode_tensor_map_now(const TensorMap& t) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -37,32 +45,44 @@ inline CUtensorMap encode_tensor_map_now(const TensorMap2d& t) {
     return reinterpret_cast<Encode>(entry);
   }();
 
-  // The stride of a single row is never used, and callers may leave anything there.
-  const int64_t row_bytes = (t.inner * t.element_bytes + 15) / 16 * 16;
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(t.inner), static_cast<cuuint64_t>(t.outer)};
-  const cuuint64_t strides[1] = {static_cast<cuuint64_t>(t.outer == 1 ? row_bytes : t.stride_bytes)};
-  const cuuint32_t box[2] = {t.box_inner, t.box_outer};
-  const cuuint32_t steps[2] = {1, 1};
+  const int rank = t.rank();
+  // The stride of a single index is never used, and callers may leave anything there.
+  const int64_t row_bytes = (t.sizes[0] * t.element_bytes + 15) / 16 * 16;
+  cuuint64_t sizes[TensorMap::kMost], strides[TensorMap::kMost];
+  cuuint32_t box[TensorMap::kMost], steps[TensorMap::kMost];
+  for (int i = 0; i < rank; ++i) {
+    sizes[i] = static_cast<cuuint64_t>(t.sizes[i]);
+    if (i > 0) strides[i - 1] = static_cast<cuuint64_t>(t.sizes[i] == 1 ? row_bytes : t.strides[i]);
+    box[i] = t.box[i];
+    steps[i] = 1;
+  }
   CUtensorMap map;
-  CUresult result = encode(&map, t.type, 2, const_cast<void*>(t.base), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle,
-                           t.l2_promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  CUresult result = encode(&map, t.type, static_cast<cuuint32_t>(rank), const_cast<void*>(t.base), sizes, strides, box, steps,
+                           CU_TENSOR_MAP_INTERLEAVE_NONE, t.swizzle, t.l2_promotion, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
-    throw std::runtime_error("eightfold: cuTensorMapEncodeTiled failed with code " + std::to_string(static_cast<int>(result)) +
-                             " for a tensor of " + std::to_string(t.outer) + " x " + std::to_string(t.inner) + " elements of " +
-                             std::to_string(t.element_bytes) + " bytes, row stride " + std::to_string(t.stride_bytes) +
+    std::string dimensions;
+    for (int i = 0; i < rank; ++i) {
+      dimensions += (i ? " x " : "") + std::to_string(t.sizes[i]) + (i ? " (stride " + std::to_string(t.strides[i]) + ")" : "");
+    }
+    throw std::runtime_error("eightfold: cuTensorMapEncodeTiled failed with code " + std::to_string(static_cast<int>(result)) + " for " +
+                             dimensions + " elements of " + std::to_string(t.element_bytes) +
                              " bytes, address % 16 = " + std::to_string(reinterpret_cast<uintptr_t>(t.base) % 16));
   }
   return map;
 }
 
 // A map is a function of these arguments alone, whatever has become of the memory since, and a step brings the same ones again.
-inline CUtensorMap encode_tensor_map(const TensorMap2d& t) {
-  static thread_local Recent<6, CUtensorMap, 256> recent;
+inline CUtensorMap encode_tensor_map(const TensorMap& t) {
+  static thread_local Recent<2 + 3 * TensorMap::kMost, CUtensorMap, 256> recent;
   const auto word = [](auto value) { return static_cast<uint64_t>(value); };
-  const uint64_t options = word(t.type) | word(t.element_bytes) << 16 | word(t.swizzle) << 32 | word(t.l2_promotion) << 48;
-  return recent.get({reinterpret_cast<uintptr_t>(t.base), word(t.inner), word(t.outer), word(t.stride_bytes),
-                     word(t.box_inner) << 32 | t.box_outer, options},
-                    [&] { return encode_tensor_map_now(t); });
+  std::array<uint64_t, 2 + 3 * TensorMap::kMost> key{
+      reinterpret_cast<uintptr_t>(t.base), word(t.type) | word(t.element_bytes) << 16 | word(t.swizzle) << 32 | word(t.l2_promotion) << 48};
+  for (int i = 0; i < TensorMap::kMost; ++i) {
+    key[2 + 3 * i] = word(t.sizes[i]);
+    key[3 + 3 * i] = word(t.strides[i]);
+    key[4 + 3 * i] = t.box[i];
+  }
+  return recent.get(key, [&] { return encode_tensor_map_now(t); });
 }
 
 }  // namespace eightfold

@@ -30,4 +30,20 @@ __device__ __forceinline__ void tma_load_2d_multicast(uint32_t shared, const CUt
       : "memory");
 }
 
+// Of five dimensions, from index (x, 0, 0, 0, y).
+__device__ __forceinline__ void tma_load_5d(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "r"(0)
+      : "memory");
+}
+__device__ __forceinline__ void tma_load_5d_multicast(uint32_t shared, const CUtensorMap* map, uint32_t barrier, int32_t x, int32_t y,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %6, %6, %6, %4}], "
+      "[%2], %5;" ::"r"(shared),
+      "l"(reinterpret_cast<uint64_t>(map)), "r"(barrier), "r"(x), "r"(y), "h"(blocks), "r"(0)
+      : "memory");
+}
+
 }  // namespace eightfold

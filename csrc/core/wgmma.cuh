@@ -56,13 +56,6 @@ __device__ __forceinline__ bool elect_lane() {
   return elected != 0;
 }
 
-// Four 8 x 8 matrices of 16-bit words to shared memory: lane l holds words 2 * (l % 4) and the next of row l / 4 of each, and gives
-// the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void store_matrices(uint32_t address, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 // Registers a thread may use, moved between warpgroups at run time; all four warps of a warpgroup call it.
 template <int kRegisters>
 __device__ __forceinline__ void warpgroup_give_registers() {

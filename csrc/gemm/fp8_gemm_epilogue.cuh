@@ -72,7 +72,13 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return *reinterpret_cast<uint32_t*>(&pair);
 }
 
-// Columns past the end get none; they are not stored.
+// Of a column; past the end of the last one, for results that are not stored.
+__device__ __forceinline__ float bias_at(const GemmOutput& o, int32_t column) {
+  const int32_t at = min(column, o.n - 1);
+  return o.bias_type == DType::f32 ? static_cast<const float*>(o.bias)[at]
+                                   : __bfloat162float(static_cast<const __nv_bfloat16*>(o.bias)[at]);
+}
+
 template <int kCount>
 __device__ __forceinline__ void add_tile_bias(const GemmOutput& o, float (&acc)[kCount], int32_t column, uint32_t lane) {
   if (o.bias == nullptr) return;
@@ -80,10 +86,7 @@ __device__ __forceinline__ void add_tile_bias(const GemmOutput& o, float (&acc)[
   for (int i = 0; i < kCount / 4; ++i) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
-      const int32_t at = column + 8 * i + 2 * static_cast<int32_t>(lane % 4) + c;
-      if (at >= o.n) continue;
-      const float value = o.bias_type == DType::f32 ? static_cast<const float*>(o.bias)[at]
-                                                    : __bfloat162float(static_cast<const __nv_bfloat16*>(o.bias)[at]);
+      const float value = bias_at(o, column + 8 * i + 2 * static_cast<int32_t>(lane % 4) + c);
       acc[4 * i + c] += value;
       acc[4 * i + 2 + c] += value;
     }
@@ -153,9 +156,9 @@ __device__ __forceinline__ void store_tile(const GemmOutput& o, float (&acc)[kCo
   }
 }
 
-// 16 bytes of a row, of which `left` elements lie before the output's end.
+// 16 bytes of a row.
 template <OutputKind kKind, class T>
-__device__ __forceinline__ void store_vector(const GemmOutput& o, T* at, const uint4& values, int32_t left) {
+__device__ __forceinline__ void store_vector(const GemmOutput& o, T* at, const uint4& values) {
   if (kKind == OutputKind::f32_sums || (kKind == OutputKind::any && sizeof(T) == 4 && o.wide && o.accumulate)) {
     add_global(reinterpret_cast<float*>(at), values);
   } else if (kKind == OutputKind::bf16_vectors || o.wide) {
@@ -164,7 +167,6 @@ __device__ __forceinline__ void store_vector(const GemmOutput& o, T* at, const u
     const uint32_t words[4] = {values.x, values.y, values.z, values.w};
 #pragma unroll
     for (int j = 0; j < 16 / static_cast<int>(sizeof(T)); ++j) {
-      if (j >= left) continue;
       if constexpr (sizeof(T) == 4) {
         const float value = __uint_as_float(words[j]);
         at[j] = o.accumulate ? at[j] + value : value;
@@ -175,64 +177,70 @@ __device__ __forceinline__ void store_vector(const GemmOutput& o, T* at, const u
   }
 }
 
-// 16 rows of the tile from `row` on, by one warp: its wgmma registers through kBytes of its own shared memory, as many columns at a
-// time as fit, so that each row leaves in whole vectors. Nobody waits for it but the warp's own lanes.
-template <OutputKind kKind, int kBytes, int kCount>
-__device__ __forceinline__ void store_rows(const GemmOutput& o, float (&acc)[kCount], uint32_t staging, int32_t row, int32_t column,
-                                           uint32_t lane) {
-  constexpr uint32_t kRowBytes = kBytes / 16, kChunks = kRowBytes / 16;  // chunks of 16 bytes, at most 8 a row
-  // Chunk c of row r lies where neither writing columns nor reading rows meets in a bank.
-  auto chunk_at = [&](uint32_t r, uint32_t c)
-                      __attribute__((always_inline)) { return staging + r * kRowBytes + ((c ^ (r / (8 / kChunks)) % kChunks) * 16); };
-  auto write_out = [&](int32_t first, auto zero) __attribute__((always_inline)) {
-    using T = decltype(zero);
-    constexpr int kLoads = kChunks / 2, kRows = 32 / kChunks;  // of a lane; rows that the warp reads at once
-    const int32_t r = static_cast<int32_t>(lane / kChunks), c = static_cast<int32_t>(lane % kChunks);
-    const int32_t left = o.n - (column + first + c * 16 / static_cast<int>(sizeof(T)));
-    T* at = static_cast<T*>(o.out) + static_cast<int64_t>(row + r) * o.ld + (o.n - left);
-    __syncwarp();
+// Eight rows of a lane's eight columns, as floats, through 1 KB of the warp's own shared memory, so that each row leaves in whole
+// vectors; row r of them is row first + r * stride of the output. Accumulators go one word at a time: a vector would tie them to an even
+// and an odd register, where the products of the same index lie, and each step of promotion would read one register bank twice. Lanes of
+// four begin with different words of their chunks, so that no two meet in a bank.
+template <OutputKind kKind>
+__device__ __forceinline__ void store_floats(const GemmOutput& o, const float* octet, uint32_t staging, int32_t first, int32_t stride,
+                                             int32_t column, uint32_t lane) {
+  const uint32_t r = lane / 4, q = lane % 4;
 #pragma unroll
-    for (int i = 0; i < kLoads; i += 2) {
-      const uint4 upper = load_shared(chunk_at(r + i * kRows, c)), lower = load_shared(chunk_at(r + (i + 1) * kRows, c));
-      if (row + r + i * kRows < o.m && left > 0) store_vector<kKind>(o, at + i * kRows * o.ld, upper, left);
-      if (row + r + (i + 1) * kRows < o.m && left > 0) store_vector<kKind>(o, at + (i + 1) * kRows * o.ld, lower, left);
-    }
-    __syncwarp();
-  };
+  for (int c = 0; c < 2; ++c) {
+    const float v[4] = {octet[8 * c], octet[8 * c + 1], octet[8 * c + 4], octet[8 * c + 5]};
+    const uint32_t chunk = staging + r * 128 + ((2 * q + c) ^ r) * 16;
+    float turned[4];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) turned[k] = q & 1 ? v[(k + 1) % 4] : v[k];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) store_shared(chunk + (k + q) % 4 * 4, q & 2 ? turned[(k + 2) % 4] : turned[k]);
+  }
+  __syncwarp();
+  const uint32_t chunk = lane % 8;
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t from = lane / 8 + 4 * i;
+    const uint4 values = load_shared(staging + from * 128 + (chunk ^ from) * 16);
+    const int32_t row = first + static_cast<int32_t>(from) * stride;
+    if (row >= o.m || column >= o.n) continue;
+    store_vector<kKind>(o, static_cast<float*>(o.out) + row * o.ld + column + 4 * static_cast<int32_t>(chunk), values);
+  }
+  __syncwarp();
+}
 
-  if constexpr (kKind != OutputKind::f32_sums) add_tile_bias(o, acc, column, lane);
-  if (kKind == OutputKind::bf16_vectors || (kKind == OutputKind::any && o.type == DType::bf16)) {
-    constexpr int kColumns = kRowBytes / 2;
+// Writes a warp's 16 rows of a tile whose operands were arranged (fp8_gemm_maps.h), so that registers 16 * i + 4 * h + 2 * half + e of a
+// lane are the eight columns 32 * i + 8 * (lane % 4) + 2 * h + e of row kStride * (lane / 4) + half. `row` is the warp's first row,
+// `column` the tile's first; o.n is a multiple of 32.
+template <OutputKind kKind, int kStride, int kCount>
+__device__ __forceinline__ void store_octets(const GemmOutput& o, float (&acc)[kCount], uint32_t staging, int32_t row, int32_t column,
+                                             uint32_t lane) {
+  const int32_t own = column + 8 * static_cast<int32_t>(lane % 4);
+  if (kKind != OutputKind::f32_sums && o.bias != nullptr) {
 #pragma unroll
-    for (int first = 0; first < 2 * kCount; first += kColumns) {
+    for (int i = 0; i < kCount / 16; ++i) {
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; j += 2) {
-        const float* pair = acc + first / 2 + 4 * j;
-        store_matrices(chunk_at(lane % 16, j + lane / 16), pack_bf16(pair[0], pair[1]), pack_bf16(pair[2], pair[3]),
-                       pack_bf16(pair[4], pair[5]), pack_bf16(pair[6], pair[7]));
+      for (int k = 0; k < 8; ++k) {
+        const float bias = bias_at(o, own + 32 * i + k);
+        float* upper = acc + 16 * i + 4 * (k / 2) + k % 2;
+        upper[0] += bias, upper[2] += bias;
       }
-      write_out(first, uint16_t{});
     }
-  } else {
-    // Word by word, odd rows the other word first to meet in no bank. A store of two words would have the compiler put them into an
-    // even and an odd register, where the product of the same index is: each step of promotion would read one register bank twice.
-    constexpr int kColumns = kRowBytes / 4;
-    const bool odd = lane / 4 / (8 / kChunks) % 2;
+  }
 #pragma unroll
-    for (int first = 0; first < 2 * kCount; first += kColumns) {
+  for (int half = 0; half < 2; ++half) {
+    const int32_t own_row = row + kStride * static_cast<int32_t>(lane / 4) + half;
+    uint16_t* at = static_cast<uint16_t*>(o.out) + own_row * o.ld + own;
 #pragma unroll
-      for (int j = 0; j < kColumns / 8; ++j) {
-        const float* block = acc + first / 2 + 4 * j;
-        const uint32_t upper = chunk_at(lane / 4, 2 * j + lane % 4 / 2) + lane % 2 * 8;
-        const uint32_t lower = chunk_at(lane / 4 + 8, 2 * j + lane % 4 / 2) + lane % 2 * 8;
-#pragma unroll
-        for (int c = 0; c < 2; ++c) {
-          const uint32_t word = (odd ? 1 - c : c) * 4;
-          store_shared(upper + word, odd ? block[1 - c] : block[c]);
-          store_shared(lower + word, odd ? block[3 - c] : block[2 + c]);
-        }
+    for (int i = 0; i < kCount / 16; ++i) {
+      const float* octet = acc + 16 * i + 2 * half;
+      if (kKind == OutputKind::bf16_vectors || (kKind == OutputKind::any && o.type == DType::bf16)) {
+        if (own_row < o.m && own + 32 * i < o.n)
+          store_vector<kKind>(o, at + 32 * i,
+                              make_uint4(pack_bf16(octet[0], octet[1]), pack_bf16(octet[4], octet[5]), pack_bf16(octet[8], octet[9]),
+                                         pack_bf16(octet[12], octet[13])));
+      } else {
+        store_floats<kKind>(o, octet, staging, row + half, kStride, column + 32 * i, lane);
       }
-      write_out(first, float{});
     }
   }
 }

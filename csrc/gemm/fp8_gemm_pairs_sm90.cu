@@ -4,9 +4,11 @@
 //                        of the shared operand and the copy engine hands it to both, which cuts the reads from L2 by a third.
 //   producer warpgroup   one thread walks the block's tiles and, for each 128 of K, has the copy engine bring codes and scales
 //                        into a ring of stages. A stage is free when the math warps of both blocks have read it.
-//   math warpgroups      two or three share the tile's rows. For each stage: 4 wgmma (32 of K each) from zero into `partial`, wait,
+//   math warpgroups      two share the tile's rows. For each stage: 4 wgmma (32 of K each) from zero into `partial`, wait,
 //                        acc += partial * (sa * sb) in fp32, give the stage back.
-//   results              leave warp by warp while the tensor cores are already at the next tile.
+//   results              leave thread by thread while the tensor cores are already at the next tile. Rows of both operands are arranged on
+//                        arrival (fp8_gemm_maps.h), so that a lane's columns are runs of eight, its rows neighbours, and its scales one
+//                        load.
 //
 // Promotion shares the register banks with the tensor cores: acc[i] and partial[i] should lie in two, one even, one odd. The compiler
 // sees to it unless something ties accumulators in pairs, such as a store of two.
@@ -25,74 +27,15 @@
 #include "gemm/fp8_gemm_epilogue.cuh"
 #include "gemm/fp8_gemm_launch.h"
 #include "gemm/fp8_gemm_maps.h"
+#include "gemm/fp8_gemm_pairs.cuh"
 
 namespace eightfold {
 namespace {
 
-constexpr int kStepK = kFp8GemmStepK;
-constexpr int kSharedBytes = 232448;  // what a block may ask for on Hopper
-constexpr int kAtomBytes = 1024;      // alignment of a swizzled tile
-
-// kBlocks: 64-row blocks of a math warpgroup; kPartials: products under way at once in a warpgroup.
-template <int kMathGroups_, int kBlocks_, int kPartials_, int kTileN_, bool kColumnScales_>
-struct Config {
-  static constexpr int kMathGroups = kMathGroups_, kBlocks = kBlocks_, kPartials = kPartials_, kTileN = kTileN_;
-  static constexpr bool kColumnScales = kColumnScales_;
-  static constexpr int kTileM = 64 * kBlocks * kMathGroups;
-  static constexpr int kBandRows = kTileM == 128 ? 16 : 8;       // tiles of a band that neighbouring blocks work on
-  static constexpr int kHeldColumns = kMathGroups == 2 ? 4 : 2;  // scales of columns that a lane holds ahead of their use, in pairs
-  // Columns that surely have one scale of b: tiles start at multiples of them.
-  static constexpr int kPiece = kTileN % 128 == 0 ? 128 : 64, kPieces = kTileN / kPiece;
-  static constexpr int kThreads = 128 * (kMathGroups + 1);
-  static constexpr int kProducerRegisters = kMathGroups == 2 ? 40 : 32;
-  static constexpr int kMathRegisters = kMathGroups == 2 ? 232 : 160;
-
-  static constexpr int kABytes = kTileM * kStepK, kBBytes = kTileN * kStepK;
-  static constexpr int kAScaleBytes = kTileM * 4, kBScaleBytes = kColumnScales ? kTileN * 4 : 16;
-  static constexpr int kCopiedBytes = kABytes + kBBytes + kAScaleBytes + (kColumnScales ? kBScaleBytes : 0);  // of a stage
-  // Room in which a warp turns finished registers into rows. Little, because stages are worth more.
-  static constexpr int kWarpStaging = kMathGroups == 3 || kColumnScales ? 1024 : 2048;
-  static constexpr int kStaging = 4 * kMathGroups * kWarpStaging;
-  static constexpr int kTileBytes = 8;  // which tile a stage is of
-  static constexpr int kStages = (kSharedBytes - kStaging) / (kABytes + kBBytes + kAScaleBytes + kBScaleBytes + kTileBytes + 2 * 8);
-
-  static constexpr int kB = kStages * kABytes, kOut = kB + kStages * kBBytes, kAScales = kOut + kStaging;
-  static constexpr int kBScales = kAScales + kStages * kAScaleBytes;
-  static constexpr int kTiles = kBScales + kStages * kBScaleBytes;
-  static constexpr int kFull = kTiles + kStages * kTileBytes, kEmpty = kFull + kStages * 8;
-  static constexpr int kBytes = kEmpty + kStages * 8;
-
-  static_assert(kBytes <= kSharedBytes && kStages >= 3 && (kBlocks == 1 || kPartials == 1));
-};
-
-struct KernelArgs {
-  GemmOutput output;
-  const float* b_scales;
-  int64_t ld_b_scales;
-  uint32_t tiles_m, tiles_n, pairs;
-  int32_t steps;     // ceil(k / 128), at least 1
-  int32_t b_groups;  // rows of b_scales
-  bool share_a;      // a pair's tiles are neighbours along n and share rows of a; else along m, and share rows of b
-};
-
-struct TileAt {
-  int32_t m, n;
-};
-
-// Bands of tile rows, walked along n: blocks that run together share rows of a and of b in the L2 cache.
-template <class C>
-__device__ __forceinline__ TileAt tile_at(uint32_t pair, const KernelArgs& args, uint32_t rank) {
-  const uint32_t rows = args.share_a ? args.tiles_m : (args.tiles_m + 1) / 2,
-                 columns = args.share_a ? (args.tiles_n + 1) / 2 : args.tiles_n;
-  const uint32_t height = args.share_a ? C::kBandRows : C::kBandRows / 2;
-  const uint32_t band = pair / (height * columns), rest = pair % (height * columns);
-  const uint32_t in_band = min(height, rows - band * height);
-  const uint32_t m = band * height + rest % in_band, n = rest / in_band;
-  return {static_cast<int32_t>(args.share_a ? m : 2 * m + rank), static_cast<int32_t>(args.share_a ? 2 * n + rank : n)};
-}
+using namespace pairs;
 
 struct Maps {
-  const CUtensorMap *a, *b, *a_scales, *b_scales;
+  const CUtensorMap *a[2], *b, *a_scales, *b_scales;  // a: each block of a group's rows
 };
 
 // The scales of b of a tile's pieces of columns, where it has one each, a step ahead of their use.
@@ -130,6 +73,7 @@ __device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args
   for (uint32_t pair = blockIdx.x / 2; pair < args.pairs; pair += gridDim.x / 2) {
     const TileAt tile = tile_at<C>(pair, args, rank);
     const int32_t row = tile.m * C::kTileM, column = tile.n * C::kTileN;
+    const int32_t unit = row / C::kGroupRows;
     // The half of a shared operand that this block fetches for both.
     const int32_t half_row = row + static_cast<int32_t>(rank) * (C::kTileM / 2),
                   half_column = column + static_cast<int32_t>(rank) * (C::kTileN / 2);
@@ -142,13 +86,18 @@ __device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args
       const int32_t k = step * kStepK;
       barrier_wait(shared + C::kEmpty + 8 * at.stage, at.parity ^ 1);
       if (args.share_a) {
-        tma_load_2d_multicast(a + rank * (C::kABytes / 2), maps.a, full, k, half_row, kBoth);
-        tma_load_2d(b, maps.b, full, k, column);
+#pragma unroll
+        for (int block = 0; block < C::kBlocks; ++block)
+          tma_load_5d_multicast(a + (block * C::kMathGroups + rank) * C::kBlockBytes, maps.a[block], full, k,
+                                unit + static_cast<int32_t>(rank), kBoth);
+        tma_load_5d(b, maps.b, full, k, column / 32);
         tma_load_2d_multicast(a_scales + rank * (C::kAScaleBytes / 2), maps.a_scales, full, half_row, step, kBoth);
         if (C::kColumnScales) tma_load_2d(b_scales, maps.b_scales, full, column, step);
       } else {
-        tma_load_2d(a, maps.a, full, k, row);
-        tma_load_2d_multicast(b + rank * (C::kBBytes / 2), maps.b, full, k, half_column, kBoth);
+#pragma unroll
+        for (int block = 0; block < C::kBlocks; ++block)
+          tma_load_5d(a + block * C::kMathGroups * C::kBlockBytes, maps.a[block], full, k, unit);
+        tma_load_5d_multicast(b + rank * (C::kBBytes / 2), maps.b, full, k, half_column / 32, kBoth);
         tma_load_2d(a_scales, maps.a_scales, full, row, step);
         if (C::kColumnScales) {
           tma_load_2d_multicast(b_scales + rank * (C::kBScaleBytes / 2), maps.b_scales, full, half_column, step, kBoth);
@@ -170,10 +119,9 @@ struct Math {
 
   const KernelArgs& args;
   const uint32_t shared, rank, group, lane;
-  const uint32_t lane_row;  // the lane's upper row among 64
-  const float* a_scales;
-  const float* b_scales;
-  const uint32_t columns;  // of the lane's first two columns' scales, where columns have their own
+  const uint32_t row_scales;  // of the lane's rows: upper and lower of each block
+  const uint32_t b_scales;
+  const uint32_t columns;  // of the lane's first eight columns' scales, where columns have their own
   const int2* tiles;
   const uint32_t empty;  // of the first stage, in block `lane` of the pair
 
@@ -183,10 +131,10 @@ struct Math {
         rank(rank),
         group(group),
         lane(in_register(threadIdx.x % 32)),
-        lane_row(threadIdx.x / 32 % 4 * 16 + lane / 4),
-        a_scales(reinterpret_cast<const float*>(memory + C::kAScales) + group * 64 * C::kBlocks + lane_row),
-        b_scales(reinterpret_cast<const float*>(memory + C::kBScales)),
-        columns(shared + C::kBScales + 8 * (lane % 4)),
+        row_scales(shared + C::kAScales + group * C::kGroupRows * 4 + threadIdx.x / 32 % 4 * (C::kGroupRows / 4) * 4 +
+                   lane / 4 * 8 * C::kBlocks),
+        b_scales(shared + C::kBScales),
+        columns(shared + C::kBScales + 32 * (lane % 4)),
         tiles(reinterpret_cast<const int2*>(memory + C::kTiles)),
         empty(cluster_address(shared + C::kEmpty, lane % 2)) {}
 
@@ -198,12 +146,11 @@ struct Math {
     uint64_t a, b;
   };
   __device__ __forceinline__ Operands operands(uint32_t stage) const {
-    return {wgmma_operand(shared + stage * C::kABytes + group * C::kBlocks * 64 * kStepK),
-            wgmma_operand(shared + C::kB + stage * C::kBBytes)};
+    return {wgmma_operand(shared + stage * C::kABytes + group * C::kBlockBytes), wgmma_operand(shared + C::kB + stage * C::kBBytes)};
   }
 
   __device__ __forceinline__ void start(Tile& partial, const Operands& at, int block) const {
-    const uint64_t a = wgmma_operand_offset(at.a, block * 64 * kStepK);
+    const uint64_t a = wgmma_operand_offset(at.a, block * C::kMathGroups * C::kBlockBytes);
     pin_registers(partial);
     wgmma_fence();
 #pragma unroll
@@ -213,35 +160,53 @@ struct Math {
     wgmma_commit();
   }
 
-  // a's scales of the lane's two rows, times b's of each piece of the tile's columns where it has one.
+  // a's scales of the lane's two rows in each block, times b's of each piece of the tile's columns where it has one.
   static constexpr int kRowScales = C::kColumnScales ? 1 : C::kPieces;
-  struct Scales {
-    float rows[2 * kRowScales];
-    float2 columns[C::kColumnScales ? C::kHeldColumns : 1];  // the next ones, in turn
+  struct RowScales {
+    float of[C::kBlocks][2 * kRowScales];
   };
-  __device__ __forceinline__ Scales read_scales(uint32_t stage, int block) const {
-    const float* a = a_scales + stage * C::kTileM + 64 * block;
-    const float upper = a[0], lower = a[8];
-    Scales scales;
-    if constexpr (C::kColumnScales) {
-      scales.rows[0] = upper;
-      scales.rows[1] = lower;
-#pragma unroll
-      for (int j = 0; j < C::kHeldColumns; ++j) scales.columns[j] = column_scales(stage, j);
+  __device__ __forceinline__ RowScales read_row_scales(uint32_t stage) const {
+    float own[2 * C::kBlocks];
+    if constexpr (C::kBlocks == 2) {
+      const float4 rows = load_shared_floats(row_scales + stage * C::kAScaleBytes);
+      own[0] = rows.x, own[1] = rows.y, own[2] = rows.z, own[3] = rows.w;
     } else {
-      const float4 b = *reinterpret_cast<const float4*>(b_scales + stage * 4);
-      const float pieces[3] = {b.x, b.y, b.z};
-#pragma unroll
-      for (int p = 0; p < kRowScales; ++p) {
-        scales.rows[2 * p] = upper * pieces[p];
-        scales.rows[2 * p + 1] = lower * pieces[p];
-      }
+      const float2 rows = load_shared_pair(row_scales + stage * C::kAScaleBytes);
+      own[0] = rows.x, own[1] = rows.y;
     }
-    pin_registers(scales.rows);
+    float pieces[3] = {1.0f, 1.0f, 1.0f};
+    if constexpr (!C::kColumnScales && C::kPieces == 1) {
+      pieces[0] = load_shared_float(b_scales + stage * C::kBScaleBytes);
+    } else if constexpr (!C::kColumnScales) {
+      const float4 b = load_shared_floats(b_scales + stage * C::kBScaleBytes);
+      pieces[0] = b.x, pieces[1] = b.y, pieces[2] = b.z;
+    }
+    RowScales scales;
+#pragma unroll
+    for (int block = 0; block < C::kBlocks; ++block) {
+#pragma unroll
+      for (int i = 0; i < 2 * kRowScales; ++i)
+        scales.of[block][i] = C::kColumnScales ? own[2 * block + i] : own[2 * block + i % 2] * pieces[i / 2];
+    }
     return scales;
   }
-  __device__ __forceinline__ float2 column_scales(uint32_t stage, int j) const {
-    return load_shared_pair(columns + stage * C::kBScaleBytes + 32 * j);
+
+  // Fours of column scales that a lane holds ahead of their use: as many as leave accumulators and products in two register banks.
+  static constexpr int kHeldColumns = kKind == OutputKind::bf16_vectors ? 2 : 1;
+  struct ColumnScales {
+    float4 held[C::kColumnScales ? kHeldColumns : 1];  // the next ones, in turn
+  };
+  __device__ __forceinline__ ColumnScales read_column_scales(uint32_t stage) const {
+    ColumnScales scales;
+    if constexpr (C::kColumnScales) {
+#pragma unroll
+      for (int j = 0; j < kHeldColumns; ++j) scales.held[j] = column_scales(stage, j);
+    }
+    return scales;
+  }
+  // The lane's four columns of registers 8 * i to 8 * i + 7.
+  __device__ __forceinline__ float4 column_scales(uint32_t stage, int i) const {
+    return load_shared_floats(columns + stage * C::kBScaleBytes + i / 2 * 128 + i % 2 * 16);
   }
 
   // Both blocks of the pair may overwrite the stage.
@@ -250,34 +215,35 @@ struct Math {
     if (lane < 2) cluster_barrier_arrive(empty + 8 * stage);
   }
 
-  // acc += partial * (a's scale * b's scale), for the columns of fours of registers from kFrom to kTo. Where b has a scale for a
-  // piece of columns, scales.rows holds the products already.
+  // acc += partial * (a's scale * b's scale), for the columns of fours of registers from kFrom to kTo, both even. Where b has a scale for a
+  // piece of columns, `rows` holds the products already.
   template <int kFrom, int kTo>
-  __device__ __forceinline__ void promote(Tile& acc, const Tile& partial, Scales& scales, uint32_t stage) const {
+  __device__ __forceinline__ void promote(Tile& acc, const Tile& partial, const float (&rows)[2 * kRowScales], ColumnScales& scales,
+                                          uint32_t stage) const {
 #pragma unroll
-    for (int j = kFrom; j < kTo; ++j) {
+    for (int j = kFrom; j < kTo; j += 2) {
       const int piece = C::kColumnScales ? 0 : 8 * j / C::kPiece;
-      const float upper = scales.rows[2 * piece], lower = scales.rows[2 * piece + 1];
-      float2 column = make_float2(0.0f, 0.0f);
+      const float upper = rows[2 * piece], lower = rows[2 * piece + 1];
+      float column[4] = {};
       if constexpr (C::kColumnScales) {
-        float2& held = scales.columns[j % C::kHeldColumns];
-        column = held;
-        if (j + C::kHeldColumns < C::kTileN / 8) held = column_scales(stage, j + C::kHeldColumns);
+        float4& held = scales.held[j / 2 % kHeldColumns];
+        column[0] = held.x, column[1] = held.y, column[2] = held.z, column[3] = held.w;
+        if (j / 2 + kHeldColumns < C::kTileN / 16) held = column_scales(stage, j / 2 + kHeldColumns);
       }
 #pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float s = c == 0 ? column.x : column.y;
-        acc[4 * j + c] = fmaf(partial[4 * j + c], C::kColumnScales ? upper * s : upper, acc[4 * j + c]);
-        acc[4 * j + 2 + c] = fmaf(partial[4 * j + 2 + c], C::kColumnScales ? lower * s : lower, acc[4 * j + 2 + c]);
+      for (int c = 0; c < 4; ++c) {
+        const int at = 4 * (j + c / 2) + c % 2;
+        acc[at] = fmaf(partial[at], C::kColumnScales ? upper * column[c] : upper, acc[at]);
+        acc[at + 2] = fmaf(partial[at + 2], C::kColumnScales ? lower * column[c] : lower, acc[at + 2]);
       }
     }
   }
 
   // Writes a finished block of 64 rows and clears it.
   __device__ __forceinline__ void finish(Tile& acc, int2 tile, int block) const {
-    const int32_t row = tile.x * C::kTileM + (group * C::kBlocks + block) * 64, column = tile.y * C::kTileN;
     const uint32_t warp = warp_uniform(threadIdx.x / 32);
-    store_rows<kKind, C::kWarpStaging>(args.output, acc, shared + C::kOut + warp * C::kWarpStaging, row + warp % 4 * 16, column, lane);
+    const int32_t row = tile.x * C::kTileM + (group * 4 + warp % 4) * (C::kGroupRows / 4) + 2 * block;
+    store_octets<kKind, 2 * C::kBlocks>(args.output, acc, shared + C::kOut + warp * C::kWarpStaging, row, tile.y * C::kTileN, lane);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) acc[i] = 0.0f;
   }
@@ -305,26 +271,28 @@ struct Math {
       constexpr int kAll = C::kTileN / 8, kMost = kAll - 4;
       const uint32_t stage = at.stage;
       const Operands now = next;
+      RowScales rows;
       at.advance();
 #pragma unroll
       for (int block = 0; block < C::kBlocks; ++block) {
         const bool last = block == C::kBlocks - 1;
         Tile partial;
         start(partial, now, block);
-        Scales scales = read_scales(stage, block);
+        if (block == 0) rows = read_row_scales(stage);
+        ColumnScales scales = read_column_scales(stage);
         behind(block, stage);
         wgmma_wait_all();
         pin_registers(partial);
         if (!last) {
-          promote<0, kAll>(acc[block], partial, scales, stage);
+          promote<0, kAll>(acc[block], partial, rows.of[block], scales, stage);
           continue;
         }
         if (!C::kColumnScales) release(stage);
         const bool ready = barrier_passed(shared + C::kFull + 8 * at.stage, at.parity);
         next = operands(at.stage);
-        promote<0, kMost>(acc[block], partial, scales, stage);
+        promote<0, kMost>(acc[block], partial, rows.of[block], scales, stage);
         barrier_wait_unless(ready || !more, shared + C::kFull + 8 * at.stage, at.parity);
-        promote<kMost, kAll>(acc[block], partial, scales, stage);
+        promote<kMost, kAll>(acc[block], partial, rows.of[block], scales, stage);
         if (C::kColumnScales) release(stage);
       }
     };
@@ -376,11 +344,12 @@ struct Math {
       start(partial, operands(ahead.stage), 0);
       ahead.advance();
     };
-    auto add = [&](Tile& partial, Scales& scales) __attribute__((always_inline)) {
+    auto add = [&](Tile& partial, const RowScales& rows) __attribute__((always_inline)) {
+      ColumnScales scales = read_column_scales(at.stage);
       pin_registers(partial);
       const int2 tile = tiles[at.stage];
       if (!C::kColumnScales) release(at.stage);
-      promote<0, C::kTileN / 8>(acc, partial, scales, at.stage);
+      promote<0, C::kTileN / 8>(acc, partial, rows.of[0], scales, at.stage);
       if (C::kColumnScales) release(at.stage);
       at.advance();
       if (++step < args.steps) return;
@@ -389,14 +358,14 @@ struct Math {
     };
     auto queue_and_add = [&](Tile& partial, Tile& next) __attribute__((always_inline)) {
       queue(next);
-      Scales scales = read_scales(at.stage, 0);
+      const RowScales rows = read_row_scales(at.stage);
       wgmma_wait<1>();
-      add(partial, scales);
+      add(partial, rows);
     };
     auto add_last = [&](Tile& partial) __attribute__((always_inline)) {
-      Scales scales = read_scales(at.stage, 0);
+      const RowScales rows = read_row_scales(at.stage);
       wgmma_wait_all();
-      add(partial, scales);
+      add(partial, rows);
     };
     queue(even);
     for (;;) {
@@ -410,13 +379,13 @@ struct Math {
 
 template <class C, OutputKind kKind>
 __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(C::kThreads, 1)
-    fp8_gemm_pairs_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap b,
-                          const __grid_constant__ CUtensorMap a_scales, const __grid_constant__ CUtensorMap b_scales,
-                          const __grid_constant__ KernelArgs args) {
+    fp8_gemm_pairs_kernel(const __grid_constant__ CUtensorMap a, const __grid_constant__ CUtensorMap second_a,
+                          const __grid_constant__ CUtensorMap b, const __grid_constant__ CUtensorMap a_scales,
+                          const __grid_constant__ CUtensorMap b_scales, const __grid_constant__ KernelArgs args) {
   extern __shared__ __align__(kAtomBytes) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   const uint32_t rank = cluster_rank();
-  const Maps maps{&a, &b, &a_scales, &b_scales};
+  const Maps maps{{&a, &second_a}, &b, &a_scales, &b_scales};
 
   if (threadIdx.x == 0) {
     for (int stage = 0; stage < C::kStages; ++stage) {
@@ -425,7 +394,8 @@ __global__ void __cluster_dims__(2, 1, 1) __launch_bounds__(C::kThreads, 1)
     }
     barrier_init_fence();
   } else if (threadIdx.x == 32) {
-    tma_prefetch_map(maps.a);
+    tma_prefetch_map(maps.a[0]);
+    if constexpr (C::kBlocks == 2) tma_prefetch_map(maps.a[1]);
     tma_prefetch_map(maps.b);
     tma_prefetch_map(maps.a_scales);
     if constexpr (C::kColumnScales) tma_prefetch_map(maps.b_scales);
@@ -452,8 +422,9 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaSt
                                                        "fp8_gemm: reserving shared memory (this kernel needs a Hopper GPU)");
   const int64_t steps = (args.k + kStepK - 1) / kStepK;
   const int a_rows = C::kTileM / (plan.share_a ? 2 : 1), b_rows = C::kTileN / (plan.share_a ? 1 : 2);  // that a block fetches
-  const CUtensorMap a = fp8_gemm_codes_map(args.a, args.m, args.k, args.lda, a_rows);
-  const CUtensorMap b = fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, b_rows);
+  const auto rows_map = [&](int block) { return fp8_gemm_arranged_rows_map(args.a, args.m, args.k, args.lda, a_rows, C::kBlocks, block); };
+  const CUtensorMap a = rows_map(0), second_a = C::kBlocks == 2 ? rows_map(1) : a;
+  const CUtensorMap b = fp8_gemm_arranged_columns_map(args.b, args.n, args.k, args.ldb, b_rows);
   const CUtensorMap a_scales = fp8_gemm_scales_map(args.a_scales, args.m, steps, args.ld_a_scales, a_rows), none{};
   const CUtensorMap b_scales = C::kColumnScales ? fp8_gemm_scales_map(args.b_scales, args.n, steps, args.ld_b_scales, b_rows) : none;
   KernelArgs kernel_args;
@@ -466,7 +437,7 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaSt
   kernel_args.steps = static_cast<int32_t>(steps);
   kernel_args.b_groups = static_cast<int32_t>((args.n + 127) / 128);
   kernel_args.share_a = plan.share_a;
-  fp8_gemm_pairs_kernel<C, kKind><<<plan.grid, C::kThreads, C::kBytes, stream>>>(a, b, a_scales, b_scales, kernel_args);
+  fp8_gemm_pairs_kernel<C, kKind><<<plan.grid, C::kThreads, C::kBytes, stream>>>(a, second_a, b, a_scales, b_scales, kernel_args);
   cuda_check(cudaGetLastError(), "fp8_gemm: launching the kernel");
 }
 
@@ -480,15 +451,12 @@ void launch_kind(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, c
   }
 }
 
-// Two math warpgroups with 128 rows each, with 64, or with 64 and two products under way, or three with 64.
+// Two math warpgroups with 128 rows each, with 64, or with 64 and two products under way.
 template <bool kColumnScales>
 void launch_tile(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream) {
-  if (plan.tile_n == 192) return launch_kind<Config<2, 1, 1, 192, kColumnScales>>(args, plan, device, stream);
-  switch (plan.tile_m) {
-    case 256: return launch_kind<Config<2, 2, 1, 128, kColumnScales>>(args, plan, device, stream);
-    case 192: return launch_kind<Config<3, 1, 1, 128, kColumnScales>>(args, plan, device, stream);
-    default: return launch_kind<Config<2, 1, 2, 128, kColumnScales>>(args, plan, device, stream);
-  }
+  if (plan.tile_m == 256) return launch_kind<Config<2, 1, 128, kColumnScales>>(args, plan, device, stream);
+  if (plan.tile_n == 192) return launch_kind<Config<1, 1, 192, kColumnScales>>(args, plan, device, stream);
+  launch_kind<Config<1, 2, 128, kColumnScales>>(args, plan, device, stream);
 }
 
 }  // namespace

@@ -25,13 +25,16 @@ struct Fp8GemmPlan {
   bool share_a;              // pairs: neighbours along n, which share rows of a; else along m, which share rows of b
 };
 
-// Tiles of the pairs' kernel. A step (128 of K) takes the tensor cores rows * columns / 32 clocks; what it takes in all, with one scale
+// The pairs' kernel takes rows of a in groups of 128 and rows of b in groups of 32: their order in shared memory is its own. What is left
+// of a is a product of its own (fp8_gemm_sm90.cu).
+constexpr int64_t kFp8GemmPairRows = 128, kFp8GemmPairColumns = 32;
+
+// Its tiles. A step (128 of K) takes the tensor cores rows * columns / 32 clocks; what it takes in all, with one scale
 // for a piece of columns of b or with one per column, and the end of a tile, as measured on an H100.
 struct Fp8GemmPairTile {
   int rows, columns, step_clocks, column_scale_step_clocks, end_clocks;
 };
-constexpr Fp8GemmPairTile kFp8GemmPairTiles[] = {
-    {256, 128, 1120, 1700, 900}, {128, 192, 880, 1247, 900}, {192, 128, 890, 1242, 1200}, {128, 128, 760, 1020, 1500}};
+constexpr Fp8GemmPairTile kFp8GemmPairTiles[] = {{256, 128, 1120, 1700, 900}, {128, 192, 880, 1247, 900}, {128, 128, 760, 1020, 1500}};
 constexpr int kFp8GemmTileShapes[][2] = {{64, 128}, {64, 32}};  // a tile lies inside one group of 128 rows of b
 
 inline int64_t fp8_gemm_tiles(int64_t size, int64_t tile) { return (size + tile - 1) / tile; }
@@ -64,7 +67,7 @@ inline Fp8GemmPlan fp8_gemm_plan_now(int64_t m, int64_t n, int64_t k, int b_grou
   };
   const int64_t most_pairs = sm_count / 2;
   for (const Fp8GemmPairTile& tile : kFp8GemmPairTiles) {
-    if (k == 0 || most_pairs == 0) break;
+    if (k == 0 || m < kFp8GemmPairRows || n % kFp8GemmPairColumns != 0 || most_pairs == 0) break;
     const int64_t tiles_m = fp8_gemm_tiles(m, tile.rows), tiles_n = fp8_gemm_tiles(n, tile.columns);
     for (bool share_a : {tile.rows >= tile.columns, tile.rows < tile.columns}) {  // rather the longer side
       const int64_t pairs = share_a ? tiles_m * fp8_gemm_tiles(tiles_n, 2) : fp8_gemm_tiles(tiles_m, 2) * tiles_n;

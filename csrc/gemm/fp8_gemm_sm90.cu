@@ -30,6 +30,17 @@ void fp8_gemm_sm90(const Fp8GemmArgs& args, void* stream) {
   if (plan.tiles_m * plan.tiles_n > INT32_MAX / 16) {
     throw std::runtime_error("fp8_gemm: an output of " + std::to_string(args.m) + " x " + std::to_string(args.n) + " is too large");
   }
+  const int64_t rest = args.m % kFp8GemmPairRows;
+  if (plan.kernel == Fp8GemmKernel::pairs && rest > 0) {
+    Fp8GemmArgs whole = args, last = args;
+    whole.m -= rest;
+    last.m = rest;
+    last.a += whole.m * args.lda;
+    last.a_scales += whole.m;
+    last.out = static_cast<uint8_t*>(args.out) + whole.m * args.ldo * (args.out_type == DType::bf16 ? 2 : 4);
+    fp8_gemm_sm90(whole, stream);
+    return fp8_gemm_sm90(last, stream);
+  }
   switch (plan.kernel) {
     case Fp8GemmKernel::small: break;  // above
     case Fp8GemmKernel::pairs: return fp8_gemm_pairs_sm90(args, plan, device, s);

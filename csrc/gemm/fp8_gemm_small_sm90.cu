@@ -198,28 +198,12 @@ __device__ __forceinline__ void promote(float (&acc)[C::kTileN / 2], const float
   }
 }
 
-__device__ __forceinline__ float bias_at(const GemmOutput& o, int32_t column) {
-  const int32_t at = min(column, o.n - 1);
-  return o.bias_type == DType::f32 ? static_cast<const float*>(o.bias)[at]
-                                   : __bfloat162float(static_cast<const __nv_bfloat16*>(o.bias)[at]);
-}
-
 // Writes 64 rows of a tile; `row` is the lane's upper row. Four lanes hold 32 columns of a row as words of two; traded among
 // them, each writes 16 bytes. All lanes of a warp call it.
 template <int kCount>
 __device__ __forceinline__ void write_tile(const GemmOutput& o, float (&acc)[kCount], int32_t row, int32_t column, uint32_t lane) {
   constexpr int kColumnBlocks = kCount / 4;
-  if (o.bias != nullptr) {
-#pragma unroll
-    for (int j = 0; j < kColumnBlocks; ++j) {
-#pragma unroll
-      for (int c = 0; c < 2; ++c) {
-        const float value = bias_at(o, column + 8 * j + 2 * static_cast<int32_t>(lane % 4) + c);
-        acc[4 * j + c] += value;
-        acc[4 * j + 2 + c] += value;
-      }
-    }
-  }
+  add_tile_bias(o, acc, column, lane);
   if (o.type == DType::f32) return store_f32(o, acc, row, column, lane);
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
