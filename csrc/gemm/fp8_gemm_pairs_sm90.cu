@@ -197,7 +197,7 @@ struct Math {
     float4 held[C::kColumnScales ? kHeldColumns : 1];  // the next ones, in turn
   };
   __device__ __forceinline__ ColumnScales read_column_scales(uint32_t stage) const {
-    ColumnScales scales;
+    ColumnScales scales{};
     if constexpr (C::kColumnScales) {
 #pragma unroll
       for (int j = 0; j < kHeldColumns; ++j) scales.held[j] = column_scales(stage, j);

@@ -42,8 +42,10 @@ def test_rows_do_not_depend_on_the_batch(device, n, k, out_dtype):
 @pytest.mark.gpu
 @pytest.mark.parametrize("b_group", [(128, 128), (1, 128)], ids=str)
 def test_every_tile_gives_the_same_bits(b_group):
-    """These counts of rows take all tiles of the plan of 132 multiprocessors; others take fewer of them. Those that are no multiple of 128
-    take two products."""
+    """These counts of rows take all tiles of the plan of 132 multiprocessors; others take fewer of them.
+
+    Those that are no multiple of 128 take two products.
+    """
     n, k = 2176, 1024
     a, b = operand(5642, k, (1, 128), "cuda"), operand(n, k, b_group, "cuda")
     whole = gemm.fp8_gemm(a, b, out_dtype=torch.float32)
