@@ -58,7 +58,7 @@ def _backward(bench: Bench, batch: int, tokens: int, heads: int, kv_heads: int, 
         peers["torch.compile"] = compiled(_plain_backward, *inputs, bias)
     bench.add(
         Case(
-            "rotary_backward_quantize" + (", sums" if bias else ""),
+            "rotary_backward_quantize" + (" and sums" if bias else ""),
             f"{batch}x{tokens}x{heads}+{2 * kv_heads}x{dim}",
             ours=lambda: ops.rotary_backward_quantize(*inputs, True, bias),
             error=error,
