@@ -127,7 +127,7 @@ def _step_rows(families: list[Family]) -> str:
     for family in families:
         for step in family.steps:
             ours = step["runs"].get("ours", {})
-            for name, run in step["runs"].items():
+            for name, run in sorted(step["runs"].items(), key=lambda item: item[0] != "ours"):
                 times = _ratio(run.get("ms"), ours.get("ms"), "{:,.1f} ms", name)
                 tokens = f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else ""
                 cells = [

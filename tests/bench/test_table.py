@@ -68,7 +68,7 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
 
 def test_steps_and_profiles(table, tree):
     ours = {"ms": 100.0, "tokens_per_second": 81920.0, "peak_bytes": 2e10, "saved_units": 9.0}
-    runs = {"ours": ours, "bf16": {"ms": 150.0, "peak_bytes": 4e10}, "fp32": {"peak_bytes": None, "does_not_fit": 8e10}}
+    runs = {"bf16": {"ms": 150.0, "peak_bytes": 4e10}, "ours": ours, "fp32": {"peak_bytes": None, "does_not_fit": 8e10}}
     notes = [
         {"step": {"name": "1B 4x2048", "runs": runs}},
         {"profile": {"name": "1B 4x2048", "ms": {"GEMM": 70.0, "other": 5.0}, "wall_ms": 80.0, "idle_share": 0.0625}},
@@ -80,7 +80,7 @@ def test_steps_and_profiles(table, tree):
     text = (tree / "README.md").read_text()
     assert "In brackets" not in text
     for row in (
-        "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U | abc |",
+        "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U | abc |\n"
         "| 1B 4x2048 | bf16 | 150.0 ms (1.50x ours) |  | peak 40.00 GB (2.00x ours) | abc |",
         "| 1B 4x2048 | fp32 |  |  | does not fit in 80 GB | abc |",
         "| our step, ms | GEMM | other | idle | all |",
