@@ -16,7 +16,6 @@ from . import FAMILIES, LONG
 ROOT = Path(__file__).resolve().parents[1]
 DTYPES = ("bfloat16", "float32")  # where a shape ends in one
 BEGIN, END = "<!-- measured: begin; `make table` writes what follows -->", "<!-- measured: end -->"
-HEAD = "| op | shapes | rate | of ceiling | peer's time over ours | commit |\n|---|---|--:|--:|---|---|"
 
 
 @dataclass
@@ -78,7 +77,7 @@ def table(results: dict[str, list[Family]]) -> str:
     """The text between the markers."""
     sections = []
     for device, families in results.items():
-        sections += [_about(device, families), _rows(families), _step_rows(families), _profile_rows(families)]
+        sections += [_about(device, families), _step_rows(families), _rows(families), _profile_rows(families)]
     return "\n\n".join(section for section in sections if section)
 
 
@@ -92,6 +91,8 @@ def _about(device: str, families: list[Family]) -> str:
         facts.append(f"largest E4M3 product {_span(products, '{:,.0f}')} TFLOP/s")
     if any(machine.get("driver") for machine in machines):
         facts.insert(1, f"driver {_each(machines, 'driver')}")
+    if len(_commits(families)) == 1:
+        facts.insert(0, f"commit {_commits(families)[0]}")
     peers = sorted({name for found in versions for name in found} - {"torch"})
     facts += [f"{name} {_each(versions, name)}" for name in peers]
     text = (
@@ -103,12 +104,29 @@ def _about(device: str, families: list[Family]) -> str:
     return text
 
 
+def _commits(families: list[Family]) -> list[str]:
+    return sorted({_commit(family) for family in families})
+
+
+def _commit(family: Family) -> str:
+    return family.machine["commit"] or "unknown"
+
+
+def _markdown(head: str, align: str, rows: list[tuple[list[str], Family]], families: list[Family]) -> str:
+    """Cells of ``head`` and of the rows, with each row's commit where there are several; align: a letter a column."""
+    several = len(_commits(families)) > 1
+    rules = {"l": "---", "r": "--:"}
+    lines = [head.split(" | ") + ["commit"] * several, [rules[a] for a in align + "l" * several]]
+    lines += [cells + [_commit(family)] * several for cells, family in rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
 def _each(records: list[dict], key: str) -> str:
     return " and ".join(sorted({str(record[key]) for record in records if record.get(key)}))
 
 
 def _rows(families: list[Family]) -> str:
-    rows = [HEAD]
+    rows = []
     for family in families:
         groups: dict[tuple[str, bool], list[dict]] = {}
         # Small products are bound by bytes: another ceiling, another row. So is another dtype.
@@ -116,9 +134,8 @@ def _rows(families: list[Family]) -> str:
             _, _, dtype = line["shape"].rpartition(" ")
             op = f"{line['op']} {dtype}" if dtype in DTYPES else line["op"]
             groups.setdefault((op, bool(line["gbps"])), []).append(line)
-        commit = family.machine["commit"] or "unknown"
-        rows += [_row(op, by_bytes, lines, commit) for (op, by_bytes), lines in groups.items()]
-    return "\n".join(rows)
+        rows += [(_row(op, by_bytes, lines), family) for (op, by_bytes), lines in groups.items()]
+    return _markdown("op | shapes | rate | of ceiling | peer's time over ours", "llrrl", rows, families) if rows else ""
 
 
 def _step_rows(families: list[Family]) -> str:
@@ -130,17 +147,8 @@ def _step_rows(families: list[Family]) -> str:
             for name, run in sorted(step["runs"].items(), key=lambda item: item[0] != "ours"):
                 times = _ratio(run.get("ms"), ours.get("ms"), "{:,.1f} ms", name)
                 tokens = f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else ""
-                cells = [
-                    step["name"],
-                    name,
-                    times,
-                    tokens,
-                    _memory(run, ours, name),
-                    family.machine["commit"] or "unknown",
-                ]
-                rows.append(f"| {' | '.join(cells)} |")
-    head = "| training | run | time | tokens/s | memory | commit |\n|---|---|--:|--:|---|---|"
-    return "\n".join([head, *rows]) if rows else ""
+                rows.append(([step["name"], name, times, tokens, _memory(run, ours, name)], family))
+    return _markdown("training | run | time | tokens/s | memory", "llrrl", rows, families) if rows else ""
 
 
 def _memory(run: dict, ours: dict, name: str) -> str:
@@ -161,21 +169,24 @@ def _ratio(value: float | None, ours: float | None, form: str, name: str) -> str
 
 def _profile_rows(families: list[Family]) -> str:
     """Where the time of our steps goes."""
-    profiles = [profile for family in families for profile in family.profiles]
+    profiles = [(profile, family) for family in families for profile in family.profiles]
     if not profiles:
         return ""
-    classes = sorted(
-        {name for p in profiles for name in p["ms"]}, key=lambda c: -sum(p["ms"].get(c, 0) for p in profiles)
-    )
-    rows = [f"| our step, ms | {' | '.join(classes)} | idle | all |", "|---|" + "--:|" * (len(classes) + 2)]
-    for p in profiles:
-        times = [f"{p['ms'].get(name, 0):,.2f}" for name in classes]
+    totals: dict[str, float] = {}
+    for p, _ in profiles:
+        for name, ms in p["ms"].items():
+            totals[name] = totals.get(name, 0) + ms
+    classes = sorted(totals, key=totals.get, reverse=True)
+    rows = []
+    for p, family in profiles:
+        times = [f"{p['ms'][name]:,.2f}" if p["ms"].get(name) else "" for name in classes]
         idle = f"{p['idle_share'] * p['wall_ms']:,.2f} ({100 * p['idle_share']:.0f} %)"
-        rows.append(f"| {p['name']} | {' | '.join(times)} | {idle} | {p['wall_ms']:,.2f} |")
-    return "\n".join(rows)
+        rows.append(([p["name"], *times, idle, f"{p['wall_ms']:,.2f}"], family))
+    head = " | ".join(["our step, ms", *classes, "idle", "all"])
+    return _markdown(head, "l" + "r" * (len(classes) + 2), rows, families)
 
 
-def _row(op: str, by_bytes: bool, lines: list[dict], commit: str) -> str:
+def _row(op: str, by_bytes: bool, lines: list[dict]) -> list[str]:
     name, _, rest = op.partition(" ")
     shapes = lines[0]["shape"] if len(lines) == 1 else f"{len(lines)}: {lines[0]['shape']} to {lines[-1]['shape']}"
     if by_bytes:
@@ -186,8 +197,7 @@ def _row(op: str, by_bytes: bool, lines: list[dict], commit: str) -> str:
     copies = [100 * line["share_of_copy"] for line in lines if line.get("share_of_copy")]
     if copies:
         share += f" ({_span(copies, '{:.0f}')} %)"
-    cells = [f"`{name}` {rest}".strip(), shapes, rate, share, _peers(lines), commit]
-    return f"| {' | '.join(cells)} |"
+    return [f"`{name}` {rest}".strip(), shapes, rate, share, _peers(lines)]
 
 
 def _peers(lines: list[dict]) -> str:

@@ -54,13 +54,15 @@ def test_rows_are_ranges_and_geometric_means(table, tree):
     )
     assert run(table, tree) == 0
     text = (tree / "README.md").read_text()
-    assert text.startswith(f"before\n{table.BEGIN}\n\nA GPU: torch 2.11, driver 570.1, copy 3.00 TB/s, x 1.\n")
+    assert text.startswith(
+        f"before\n{table.BEGIN}\n\nA GPU: commit abc, torch 2.11, driver 570.1, copy 3.00 TB/s, x 1.\n"
+    )
     assert "In brackets: of a copy of as many bytes." in text
     assert text.endswith(f"\n\n{table.END}\nafter\n")
     peers = "peer 4.00x (2.00 to 8.00), slow 10.00x"
-    assert f"| `cast` both | 2: 1x2 to 3x4 | 1.50 to 3.00 TB/s | 50 to 100 % (104 %) | {peers} | abc |" in text
-    assert "| `product` | 1x2 | 1,234 TFLOP/s | 50 % |  | abc |" in text
-    assert "| `step` wall float32 | 5 tensors float32 | 1.50 TB/s | 50 % |  | abc |" in text
+    assert f"| `cast` both | 2: 1x2 to 3x4 | 1.50 to 3.00 TB/s | 50 to 100 % (104 %) | {peers} |\n" in text
+    assert "| `product` | 1x2 | 1,234 TFLOP/s | 50 % |  |\n" in text
+    assert "| `step` wall float32 | 5 tensors float32 | 1.50 TB/s | 50 % |  |\n" in text
     assert run(table, tree, "--check") == 0
     assert run(table, tree) == 0
     assert (tree / "README.md").read_text() == text
@@ -80,13 +82,23 @@ def test_steps_and_profiles(table, tree):
     text = (tree / "README.md").read_text()
     assert "In brackets" not in text
     for row in (
-        "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U | abc |\n"
-        "| 1B 4x2048 | bf16 | 150.0 ms (1.50x ours) |  | peak 40.00 GB (2.00x ours) | abc |",
-        "| 1B 4x2048 | fp32 |  |  | does not fit in 80 GB | abc |",
+        "| 1B 4x2048 | ours | 100.0 ms | 81,920 | peak 20.00 GB, saves 9.0 U |\n"
+        "| 1B 4x2048 | bf16 | 150.0 ms (1.50x ours) |  | peak 40.00 GB (2.00x ours) |\n",
+        "| 1B 4x2048 | fp32 |  |  | does not fit in 80 GB |\n",
         "| our step, ms | GEMM | other | idle | all |",
         "| 1B 4x2048 | 70.00 | 5.00 | 5.00 (6 %) | 80.00 |",
     ):
         assert row in text
+
+
+def test_commits_are_in_the_rows_where_they_differ(table, tree):
+    write(tree, {"peers_us": {}})
+    write(tree, {"op": "other", "peers_us": {}}, machine=MACHINE | {"commit": None}, name="norm")
+    assert run(table, tree) == 0
+    text = (tree / "README.md").read_text()
+    assert "A GPU: torch 2.11" in text
+    assert "| 50 % |  | abc |\n" in text
+    assert "| 50 % |  | unknown |\n" in text
 
 
 def test_check_says_that_the_table_is_old(table, tree, capsys):
