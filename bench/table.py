@@ -95,10 +95,9 @@ def _about(device: str, families: list[Family]) -> str:
         facts.insert(0, f"commit {_commits(families)[0]}")
     peers = sorted({name for found in versions for name in found} - {"torch"})
     facts += [f"{name} {_each(versions, name)}" for name in peers]
-    text = (
-        f"{device}: {', '.join(facts)}.\n"
-        "Cold L2, medians of interleaved runs; every line passed its correctness gate before it was timed."
-    )
+    text = f"{device}: {', '.join(facts)}."
+    if any(family.lines for family in families):
+        text += "\nCold L2, medians of interleaved runs; every line passed its correctness gate before it was timed."
     if any(line.get("share_of_copy") for family in families for line in family.lines):
         text += " In brackets: of a copy of as many bytes."
     return text

@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("--title", default="SmolLM2-135M's shape from random weights")
     options = parser.parse_args()
     records = {run.name: read_log(run / "log.jsonl") for run in options.runs}
-    plot_curves(options.output, records, options.title)
+    plot_curves(options.output, records, options.title, baseline=options.runs[0].name)
     figures = {}
     for name, log in records.items():
         speeds = sorted(record["tokens_per_second"] for record in log if "tokens_per_second" in record)

@@ -50,7 +50,7 @@ def run(output: Path, steps: int | None = None) -> int:
     figures = {"model": source.name, "torch": torch.__version__, "threads": torch.get_num_threads(), "runs": rows}
     figures["held_out_difference"] = rows["fp8"]["held_out_after"] - rows["bf16"]["held_out_after"]
     (output / "demo.json").write_text(json.dumps(figures, indent=2) + "\n")
-    plot_curves(output / "loss.png", records, "SmolLM2-135M on the Python language reference")
+    plot_curves(output / "loss.png", records, "SmolLM2-135M on the Python language reference", baseline=PRECISIONS[0])
     print_table(figures)
     tuned = save_decoder(model, output / "tuned", tokenizer)
     print(f"\nThe FP8-tuned model ({tuned}) continues:")

@@ -102,27 +102,46 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
     return records
 
 
-def plot_curves(path: str | Path, runs: dict[str, list[dict[str, Any]]], title: str) -> None:
-    """PNG of training loss (thin) and held-out loss (marked) against the step, for each named run's records."""
+def plot_curves(
+    path: str | Path, runs: dict[str, list[dict[str, Any]]], title: str, baseline: str | None = None
+) -> None:
+    """PNG of training loss (thin) and held-out loss (marked) against the step, for each named run's records.
+
+    baseline: a run; a panel below draws how far the others' losses lie above its own, where both hold a step.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
+    figure = Figure(figsize=(8, 5 if baseline is None else 7), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    for number, (name, records) in enumerate(runs.items()):
-        color = f"C{number}"
-        for key, label, style in (
-            ("loss", "training", {"linewidth": 0.9, "alpha": 0.55}),
-            ("held_out_loss", "held out", {"linewidth": 1.8, "marker": "o", "markersize": 4}),
-        ):
-            points = [(record["step"], record[key]) for record in records if key in record]
-            if points:
-                axes.plot(*zip(*points, strict=True), color=color, label=f"{name}, {label}", **style)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("cross-entropy (nats per token)")
-    axes.set_title(title)
-    axes.grid(alpha=0.25)
-    if axes.has_data():
-        axes.legend()
+    heights = [1] if baseline is None else [2, 1]
+    upper, *lower = figure.subplots(len(heights), sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    styles = {
+        "loss": ("training", {"linewidth": 0.9, "alpha": 0.55}),
+        "held_out_loss": ("held out", {"linewidth": 1.8, "marker": "o", "markersize": 4}),
+    }
+    curves = {(name, key): _curve(records, key) for name, records in runs.items() for key in styles}
+    for number, name in enumerate(runs):
+        for key, (label, style) in styles.items():
+            curve = curves[name, key]
+            if curve:
+                upper.plot(*zip(*curve.items(), strict=True), color=f"C{number}", label=f"{name}, {label}", **style)
+            known = curves[baseline, key] if baseline not in (None, name) else {}
+            gap = {step: loss - known[step] for step, loss in curve.items() if step in known}
+            if gap:
+                lower[0].plot(*zip(*gap.items(), strict=True), color=f"C{number}", **style)
+    upper.set_ylabel("cross-entropy (nats per token)")
+    upper.set_title(title)
+    for axes in lower:
+        axes.axhline(0, color="C0", linewidth=1)
+        axes.set_ylabel(f"minus {baseline}'s (nats)")
+    for axes in (upper, *lower):
+        axes.grid(alpha=0.25)
+    (lower or [upper])[-1].set_xlabel("optimizer step")
+    if upper.has_data():
+        upper.legend()
     figure.savefig(path)
+
+
+def _curve(records: list[dict[str, Any]], key: str) -> dict[int, float]:
+    return {record["step"]: record[key] for record in records if key in record}
