@@ -1,9 +1,9 @@
-// Hopper's warpgroup matrix instruction (wgmma) on E4M3 operands in shared memory, and what surrounds it.
+// Hopper's warpgroup matrix instruction (wgmma) on operands in shared memory, and what surrounds it.
 //
 // A tile of 64 x kN outputs is spread over the 128 threads of a warpgroup, kN / 2 registers each: with w the warp and l the
 // lane, register 4 * j + 2 * h + c holds row 16 * w + l / 4 + 8 * h, column 8 * j + 2 * (l % 4) + c.
 //
-// Operands are K-major tiles in shared memory, rows of 128 bytes (128 codes) in the 128-byte swizzle that the copy engine
+// Operands are K-major tiles in shared memory, rows of 128 bytes (128 codes, or 64 bf16) in the 128-byte swizzle that the copy engine
 // writes: 8 rows of 128 bytes are an atom of 1024 bytes, 1024-byte aligned; atoms follow each other along the rows.
 #pragma once
 
@@ -34,6 +34,13 @@ __device__ __forceinline__ void pin_registers(float (&registers)[kCount]) {
 // the 1024 bytes from one 8-row atom to the next, all in units of 16 bytes; 62-63 the swizzle, 1 for 128 bytes.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t shared) {
   return static_cast<uint64_t>((shared & 0x3FFFFu) >> 4) | (uint64_t{1} << 16) | (uint64_t{1024 >> 4} << 32) | (uint64_t{1} << 62);
+}
+
+// Describes b [K, columns] with columns contiguous, in blocks of 64 of them (128 bytes, the 128-byte swizzle): 1024 bytes from 8 rows of K
+// to the next 8, `block_bytes` from 64 columns to the next 64.
+__device__ __forceinline__ uint64_t wgmma_columns_operand(uint32_t shared, uint32_t block_bytes) {
+  return static_cast<uint64_t>((shared & 0x3FFFFu) >> 4) | (static_cast<uint64_t>(block_bytes >> 4) << 16) | (uint64_t{1024 >> 4} << 32) |
+         (uint64_t{1} << 62);
 }
 
 // The descriptor `bytes` further on: 32 bytes is the next 32 codes of K inside the atom, 8192 the next 64 rows. Shared memory

@@ -1,4 +1,5 @@
-// The instruction itself, in every width that a kernel takes: what 64 rows of a by kN rows of b need of registers differs, nothing else.
+// The instruction itself, on E4M3 and on bf16 operands, in every width that a kernel takes: the registers of 64 x kN outputs differ,
+// nothing else.
 #pragma once
 
 #include <cstdint>
@@ -55,6 +56,44 @@ struct Wgmma;
   }
 // clang-format on
 
+// The same on bf16, 16 of K at a time.
+template <int kN>
+struct WgmmaBf16;
+
+// d += a @ b, a in registers: word 2 * h + r of a lane is row 16 * w + l / 4 + 8 * r, columns 8 * h + 2 * (l % 4) and the next; b as
+// wgmma_columns_operand describes it. They belong to the tensor core until wgmma_wait_all, a too.
+template <int kN>
+struct WgmmaBf16OfRegisters;
+
+// clang-format off
+#define EF_WGMMA_BF16(width, count, a, b, add)                                                                               \
+  template <>                                                                                                                \
+  struct WgmmaBf16<width> {                                                                                                  \
+    static __device__ __forceinline__ void multiply(float (&d)[count], uint64_t operand_a, uint64_t operand_b, bool add_d) { \
+      asm volatile(                                                                                                          \
+          "{\n"                                                                                                              \
+          ".reg .pred p;\n"                                                                                                  \
+          "setp.ne.b32 p, %" #add ", 0;\n"                                                                                   \
+          "wgmma.mma_async.sync.aligned.m64n" #width "k16.f32.bf16.bf16 "                                                    \
+          "{" EF_NAMES_##count "}, %" #a ", %" #b ", p, 1, 1, 0, 0;\n"                                                       \
+          "}\n"                                                                                                              \
+          : EF_REGISTERS_##count                                                                                             \
+          : "l"(operand_a), "l"(operand_b), "r"(static_cast<int32_t>(add_d)));                                               \
+    }                                                                                                                        \
+  }
+#define EF_WGMMA_BF16_OF_REGISTERS(width, count, a0, a1, a2, a3, b)                                                          \
+  template <>                                                                                                                \
+  struct WgmmaBf16OfRegisters<width> {                                                                                       \
+    static __device__ __forceinline__ void multiply(float (&d)[count], const uint32_t* a, uint64_t operand_b) {              \
+      asm volatile(                                                                                                          \
+          "wgmma.mma_async.sync.aligned.m64n" #width "k16.f32.bf16.bf16 "                                                    \
+          "{" EF_NAMES_##count "}, {%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b ", 1, 1, 1, 1;\n"                         \
+          : EF_REGISTERS_##count                                                                                             \
+          : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(operand_b));                                                     \
+    }                                                                                                                        \
+  }
+// clang-format on
+
 EF_WGMMA(32, 16, 16, 17, 18);
 EF_WGMMA(40, 20, 20, 21, 22);
 EF_WGMMA(48, 24, 24, 25, 26);
@@ -64,6 +103,11 @@ EF_WGMMA(80, 40, 40, 41, 42);
 EF_WGMMA(96, 48, 48, 49, 50);
 EF_WGMMA(128, 64, 64, 65, 66);
 EF_WGMMA(192, 96, 96, 97, 98);
+
+EF_WGMMA_BF16(128, 64, 64, 65, 66);
+EF_WGMMA_BF16_OF_REGISTERS(64, 32, 32, 33, 34, 35, 36);
+EF_WGMMA_BF16_OF_REGISTERS(96, 48, 48, 49, 50, 51, 52);
+EF_WGMMA_BF16_OF_REGISTERS(128, 64, 64, 65, 66, 67, 68);
 
 #undef EF_NAMES_16
 #undef EF_REGISTERS_16
@@ -85,5 +129,7 @@ EF_WGMMA(192, 96, 96, 97, 98);
 #undef EF_REGISTERS_96
 #undef EF_FOUR
 #undef EF_WGMMA
+#undef EF_WGMMA_BF16
+#undef EF_WGMMA_BF16_OF_REGISTERS
 
 }  // namespace eightfold

@@ -7,6 +7,7 @@
 
 #include "core/dtype.h"
 #include "core/memory.cuh"
+#include "core/quad.cuh"
 #include "core/wgmma.cuh"
 #include "gemm/fp8_gemm.h"
 
@@ -48,28 +49,6 @@ enum class OutputKind {
 inline OutputKind output_kind(const GemmOutput& o) {
   if (o.wide && o.type == DType::bf16) return OutputKind::bf16_vectors;
   return o.wide && o.accumulate ? OutputKind::f32_sums : OutputKind::any;
-}
-
-// Lane q of each four holds words w[0..3], w[j] being chunk q of block j; after it w[i] is chunk i of block q.
-__device__ __forceinline__ void transpose_quad(uint32_t (&w)[4], uint32_t lane) {
-  const bool odd = lane & 1, high = lane & 2;
-#pragma unroll
-  for (int i = 0; i < 4; i += 2) {
-    uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, odd ? w[i] : w[i + 1], 1);
-    w[i] = odd ? got : w[i];
-    w[i + 1] = odd ? w[i + 1] : got;
-  }
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    uint32_t got = __shfl_xor_sync(0xFFFFFFFFu, high ? w[i] : w[i + 2], 2);
-    w[i] = high ? got : w[i];
-    w[i + 2] = high ? w[i + 2] : got;
-  }
-}
-
-__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
-  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-  return *reinterpret_cast<uint32_t*>(&pair);
 }
 
 // Of a column; past the end of the last one, for results that are not stored.

@@ -1,0 +1,156 @@
+// A warpgroup's 64 rows of attention against a tile of 128 keys, and the fold of a chunk: what attention.h says, in the one order that every
+// kernel takes. A lane holds two rows, `h` of 0 and 1, in the places of core/wgmma.cuh.
+//
+// In shared memory q [rows, dim], k and v [128, dim] lie in blocks of 64 of the dimension, rows of 128 bytes, 128-byte swizzle.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/attention.h"
+#include "core/approx.cuh"
+#include "core/barrier.cuh"
+#include "core/quad.cuh"
+#include "core/wgmma.cuh"
+
+namespace eightfold::attention {
+
+constexpr int kTile = kAttentionTile, kTilesOfChunk = kAttentionChunk / kTile;
+constexpr float kNothing = -__builtin_inff();
+
+template <int kDim>
+struct Shape {
+  static constexpr int kBlocks = (kDim + 63) / 64;                          // of 64 of the dimension
+  static constexpr int kBlockBytes = kTile * 128, kTileBytes = kBlocks * kBlockBytes;  // of k or v
+};
+
+// What rows have seen: of a chunk, or of all chunks.
+template <int kDim>
+struct Rows {
+  float out[kDim / 2];
+  float top[2], sum[2];  // m and l; of a chunk under way, sum is of the lane's own columns
+
+  __device__ __forceinline__ void clear() {
+#pragma unroll
+    for (int i = 0; i < kDim / 2; ++i) out[i] = 0.0f;
+    top[0] = top[1] = kNothing;
+    sum[0] = sum[1] = 0.0f;
+  }
+};
+
+using Scores = float[kTile / 2];
+using Weights = uint32_t[kTile / 4];  // bf16 pairs, as the tensor core wants its left operand
+
+// Under way until wgmma_wait_all(): scores = q k^T. q_block_bytes: from 64 of q's dimension to the next.
+template <int kDim>
+__device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t q_block_bytes, uint32_t k) {
+  pin_registers(scores);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kDim / 16; ++i) {
+    const uint64_t a = wgmma_operand(q + i / 4 * q_block_bytes + i % 4 * 32);
+    const uint64_t b = wgmma_operand(k + i / 4 * Shape<kDim>::kBlockBytes + i % 4 * 32);
+    WgmmaBf16<kTile>::multiply(scores, a, b, i > 0);
+  }
+  wgmma_commit();
+}
+
+// Under way until wgmma_wait_all(): out += weights v.
+template <int kDim>
+__device__ __forceinline__ void start_mix(Rows<kDim>& rows, const Weights& weights, uint32_t v) {
+  pin_registers(rows.out);
+  wgmma_fence();
+#pragma unroll
+  for (int i = 0; i < kTile / 16; ++i)
+    WgmmaBf16OfRegisters<kDim>::multiply(rows.out, weights + 4 * i, wgmma_columns_operand(v + i * 2048, Shape<kDim>::kBlockBytes));
+  wgmma_commit();
+}
+
+// Scores of keys from seen[h] of the tile on, which row h does not see.
+__device__ __forceinline__ void hide(Scores& scores, const int32_t (&seen)[2], uint32_t lane) {
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      if (8 * j + 2 * static_cast<int32_t>(lane % 4) + i % 2 >= seen[i / 2]) scores[4 * j + i] = kNothing;
+  }
+}
+
+// The softmax's part of a tile: scores become weights, what the chunk holds is scaled to the new maximum. `factor`: scale * log2(e), positive.
+template <int kDim>
+__device__ __forceinline__ void absorb(Rows<kDim>& rows, const Scores& scores, float factor, Weights& weights) {
+  float shift[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    float top = kNothing;
+#pragma unroll
+    for (int j = 0; j < kTile / 8; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+    const float now = fmaxf(rows.top[h], __fmul_rn(largest_of_quad(top), factor));
+    shift[h] = now == kNothing ? 0.0f : now;  // a row that has seen no key yet
+    const float less = ex2_approx(rows.top[h] - shift[h]);
+    rows.top[h] = now;
+    rows.sum[h] = __fmul_rn(rows.sum[h], less);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      rows.out[4 * i + 2 * h] = __fmul_rn(rows.out[4 * i + 2 * h], less);
+      rows.out[4 * i + 2 * h + 1] = __fmul_rn(rows.out[4 * i + 2 * h + 1], less);
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < kTile / 8; ++j) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const float first = ex2_approx(__fmaf_rn(scores[4 * j + 2 * h], factor, -shift[h]));
+      const float second = ex2_approx(__fmaf_rn(scores[4 * j + 2 * h + 1], factor, -shift[h]));
+      rows.sum[h] = __fadd_rn(rows.sum[h], __fadd_rn(first, second));
+      weights[2 * j + h] = pack_bf16(first, second);
+    }
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void end_chunk(Rows<kDim>& chunk) {
+  chunk.sum[0] = sum_of_quad(chunk.sum[0]);
+  chunk.sum[1] = sum_of_quad(chunk.sum[1]);
+}
+
+// What two parts are multiplied by when they come together, and their maximum.
+struct Fold {
+  float top, all, part;
+  __device__ __forceinline__ float operator()(float x, float of_part) const { return __fmaf_rn(x, all, __fmul_rn(of_part, part)); }
+};
+__device__ __forceinline__ Fold fold_of(float all_top, float part_top) {
+  const float top = fmaxf(all_top, part_top);
+  return {top, ex2_approx(all_top - top), ex2_approx(part_top - top)};
+}
+
+// An ended chunk into all that came before it; `all` clear before the first.
+template <int kDim>
+__device__ __forceinline__ void fold_chunk(Rows<kDim>& all, const Rows<kDim>& chunk) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const Fold fold = fold_of(all.top[h], chunk.top[h]);
+    all.top[h] = fold.top;
+    all.sum[h] = fold(all.sum[h], chunk.sum[h]);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      all.out[4 * i + 2 * h] = fold(all.out[4 * i + 2 * h], chunk.out[4 * i + 2 * h]);
+      all.out[4 * i + 2 * h + 1] = fold(all.out[4 * i + 2 * h + 1], chunk.out[4 * i + 2 * h + 1]);
+    }
+  }
+}
+
+// Rows of v from `kept` on: what lies beyond a sequence may be anything, and 0 * NaN is NaN. By all threads of a warpgroup, `meeting` its
+// named barrier.
+template <int kDim>
+__device__ __forceinline__ void clear_rows(uint32_t v, int32_t kept, int meeting) {
+  const int32_t thread = threadIdx.x % 128;
+  for (int32_t i = kept * 8 + thread; i < kTile * 8; i += 128) {
+#pragma unroll
+    for (int block = 0; block < Shape<kDim>::kBlocks; ++block)
+      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v + block * Shape<kDim>::kBlockBytes + i * 16), "r"(0) : "memory");
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  asm volatile("bar.sync %0, 128;" ::"r"(meeting) : "memory");
+}
+
+}  // namespace eightfold::attention
