@@ -257,46 +257,42 @@ __global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksO
   }
 }
 
-// A warp folds the chunks of a row.
+// A warp folds the chunks of a row in 32 of the dimension: 32 chunks on their way at once, a lane with the maximum and sum of one.
 template <int kDim>
 __global__ void __launch_bounds__(32 * kFoldWarps) paged_fold_kernel(const Args args) {
   wait_for_earlier_kernels();
-  constexpr int kOwn = kDim / 32;  // of the dimension, a lane's
+  constexpr int kPieces = kDim / 32;
   const int32_t lane = threadIdx.x % 32;
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kFoldWarps + threadIdx.x / 32;
-  const int32_t row = static_cast<int32_t>(index % args.most_rows), of = static_cast<int32_t>(index / args.most_rows);
-  const int32_t sequence = of / args.kv_heads, head = of % args.kv_heads;
+  const int32_t column = static_cast<int32_t>(index % kPieces) * 32 + lane, row = static_cast<int32_t>(index / kPieces % args.most_rows);
+  const int32_t of = static_cast<int32_t>(index / kPieces / args.most_rows), sequence = of / args.kv_heads, head = of % args.kv_heads;
   if (sequence >= args.sequences) return;
   const int32_t begin = args.parts.begins[sequence], end = args.parts.begins[sequence + 1];
   const int32_t first = __ldg(args.starts + sequence), query = row / args.group;
   if (end - begin < 2 || query >= __ldg(args.starts + sequence + 1) - first) return;
-  float top = kNothing, sum = 0.0f, out[kOwn] = {};
-  constexpr int kAhead = 8;  // chunks on their way at once
-  for (int32_t chunk = begin; chunk < end; chunk += kAhead) {
-    float part_top[kAhead], part_sum[kAhead], part_out[kAhead][kOwn];
+  float top = kNothing, sum = 0.0f, out = 0.0f;
+  const auto part = [&](int32_t chunk) { return (static_cast<int64_t>(chunk) * args.kv_heads + head) * args.most_rows + row; };
+  for (int32_t base = begin; base < end; base += 32) {
+    const int32_t count = min(end - base, 32);
+    const bool exists = lane < count;
+    const float own_top = exists ? args.parts.top[part(base + lane)] : kNothing;
+    const float own_sum = exists ? args.parts.sum[part(base + lane)] : 0.0f;
+    float outs[32];
 #pragma unroll
-    for (int c = 0; c < kAhead; ++c) {
-      if (chunk + c >= end) continue;
-      const int64_t at = (static_cast<int64_t>(chunk + c) * args.kv_heads + head) * args.most_rows + row;
-      part_top[c] = args.parts.top[at], part_sum[c] = args.parts.sum[at];
+    for (int c = 0; c < 32; ++c) outs[c] = c < count ? args.parts.out[part(base + c) * kDim + column] : 0.0f;
 #pragma unroll
-      for (int i = 0; i < kOwn; ++i) part_out[c][i] = args.parts.out[at * kDim + 32 * i + lane];
-    }
-#pragma unroll
-    for (int c = 0; c < kAhead; ++c) {
-      if (chunk + c >= end) continue;
-      const Fold fold = fold_of(top, part_top[c]);
+    for (int c = 0; c < 32; ++c) {
+      const Fold fold = fold_of(top, __shfl_sync(0xFFFFFFFFu, own_top, c));
+      const float part_sum = __shfl_sync(0xFFFFFFFFu, own_sum, c);
+      if (c >= count) continue;
       top = fold.top;
-      sum = fold(sum, part_sum[c]);
-#pragma unroll
-      for (int i = 0; i < kOwn; ++i) out[i] = fold(out[i], part_out[c][i]);
+      sum = fold(sum, part_sum);
+      out = fold(out, outs[c]);
     }
   }
-  const float inverse = reciprocal(sum);
   __nv_bfloat16* to = args.out + (static_cast<int64_t>(first) + query) * args.out_token_stride +
                       (head * args.group + row % args.group) * args.out_head_stride;
-#pragma unroll
-  for (int i = 0; i < kOwn; ++i) to[32 * i + lane] = __float2bfloat16_rn(__fmul_rn(out[i], inverse));
+  to[column] = __float2bfloat16_rn(__fmul_rn(out, reciprocal(sum)));
 }
 
 int64_t most_chunks(const PagedAttention& op) { return (op.most_pages * op.page_size + kAttentionChunk - 1) / kAttentionChunk; }
@@ -317,8 +313,8 @@ void launch(const PagedAttention& op, const Args& args, cudaStream_t stream) {
 
   cudaLaunchAttribute early = early_start();
   cudaLaunchConfig_t config{};
-  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.most_rows;
-  config.gridDim = dim3(static_cast<unsigned>((rows + kFoldWarps - 1) / kFoldWarps));
+  const int64_t warps = static_cast<int64_t>(args.sequences) * args.kv_heads * args.most_rows * (kDim / 32);
+  config.gridDim = dim3(static_cast<unsigned>((warps + kFoldWarps - 1) / kFoldWarps));
   config.blockDim = dim3(32 * kFoldWarps);
   config.stream = stream;
   config.attrs = &early;

@@ -1,7 +1,8 @@
 // Attention of many queries on Hopper: training and prefill, keys packed with the queries or in pages.
 //
 //   work       128 queries of a head of a sequence: for as many heads as the L2 cache holds keys of, those with the most keys first
-//   producer   one thread has the copy engine bring the queries (two buffers) and a ring of tiles, k and v by turns, also for the next piece
+//   producer   one thread has the copy engine bring the queries (two buffers) and a ring of tiles, k and v by turns, also for the next
+//   piece
 //              of work while this one's results leave
 //   math       two warpgroups of 64 queries: scores, softmax and mix of a tile one after the other (attention_tile.cuh); one's softmax
 //              runs beside the other's products. Chunks are folded in registers.
@@ -94,7 +95,8 @@ __device__ __forceinline__ void produce(const Args<Keys>& args, const CUtensorMa
     barrier_arrive_expect(query_full, C::kQueryBytes);
 #pragma unroll
     for (int block = 0; block < Shape<kDim>::kBlocks; ++block)
-      tma_load_3d(shared + queries.stage * C::kQueryBytes + block * Shape<kDim>::kBlockBytes, q, query_full, 64 * block, work.head, work.row);
+      tma_load_3d(shared + queries.stage * C::kQueryBytes + block * Shape<kDim>::kBlockBytes, q, query_full, 64 * block, work.head,
+                  work.row);
     queries.advance();
     for (int32_t tile = 0; tile < work.tiles; ++tile) {
 #pragma unroll

@@ -1,5 +1,5 @@
-// A warpgroup's 64 rows of attention against a tile of 128 keys, and the fold of a chunk: what attention.h says, in the one order that every
-// kernel takes. A lane holds two rows, `h` of 0 and 1, in the places of core/wgmma.cuh.
+// A warpgroup's 64 rows of attention against a tile of 128 keys, and the fold of a chunk: what attention.h says, in the one order that
+// every kernel takes. A lane holds two rows, `h` of 0 and 1, in the places of core/wgmma.cuh.
 //
 // In shared memory q [rows, dim], k and v [128, dim] lie in blocks of 64 of the dimension, rows of 128 bytes, 128-byte swizzle.
 #pragma once
@@ -19,7 +19,7 @@ constexpr float kNothing = -__builtin_inff();
 
 template <int kDim>
 struct Shape {
-  static constexpr int kBlocks = (kDim + 63) / 64;                          // of 64 of the dimension
+  static constexpr int kBlocks = (kDim + 63) / 64;                                     // of 64 of the dimension
   static constexpr int kBlockBytes = kTile * 128, kTileBytes = kBlocks * kBlockBytes;  // of k or v
 };
 
@@ -75,7 +75,8 @@ __device__ __forceinline__ void hide(Scores& scores, const int32_t (&seen)[2], u
   }
 }
 
-// The softmax's part of a tile: scores become weights, what the chunk holds is scaled to the new maximum. `factor`: scale * log2(e), positive.
+// The softmax's part of a tile: scores become weights, what the chunk holds is scaled to the new maximum. `factor`: scale * log2(e),
+// positive.
 template <int kDim>
 __device__ __forceinline__ void absorb(Rows<kDim>& rows, const Scores& scores, float factor, Weights& weights) {
   float shift[2];
