@@ -28,7 +28,7 @@ namespace {
 
 using namespace attention;
 
-constexpr int kRows = 64, kFoldWarps = 8;
+constexpr int kRows = 64, kFoldWarps = 8, kFoldAhead = 16;
 
 template <int kDim>
 struct Config {
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksO
   }
 }
 
-// A warp folds the chunks of a row in 32 of the dimension: 32 chunks on their way at once, a lane with the maximum and sum of one.
+// A warp folds the chunks of a row in 32 of the dimension, several on their way at once.
 template <int kDim>
 __global__ void __launch_bounds__(32 * kFoldWarps) paged_fold_kernel(const Args args) {
   wait_for_earlier_kernels();
@@ -271,22 +271,21 @@ __global__ void __launch_bounds__(32 * kFoldWarps) paged_fold_kernel(const Args 
   const int32_t first = __ldg(args.starts + sequence), query = row / args.group;
   if (end - begin < 2 || query >= __ldg(args.starts + sequence + 1) - first) return;
   float top = kNothing, sum = 0.0f, out = 0.0f;
-  const auto part = [&](int32_t chunk) { return (static_cast<int64_t>(chunk) * args.kv_heads + head) * args.most_rows + row; };
-  for (int32_t base = begin; base < end; base += 32) {
-    const int32_t count = min(end - base, 32);
-    const bool exists = lane < count;
-    const float own_top = exists ? args.parts.top[part(base + lane)] : kNothing;
-    const float own_sum = exists ? args.parts.sum[part(base + lane)] : 0.0f;
-    float outs[32];
+  for (int32_t base = begin; base < end; base += kFoldAhead) {
+    const int32_t count = min(end - base, kFoldAhead);
+    float tops[kFoldAhead], sums[kFoldAhead], outs[kFoldAhead];
 #pragma unroll
-    for (int c = 0; c < 32; ++c) outs[c] = c < count ? args.parts.out[part(base + c) * kDim + column] : 0.0f;
+    for (int c = 0; c < kFoldAhead; ++c) {
+      if (c >= count) break;
+      const int64_t at = (static_cast<int64_t>(base + c) * args.kv_heads + head) * args.most_rows + row;
+      tops[c] = args.parts.top[at], sums[c] = args.parts.sum[at], outs[c] = args.parts.out[at * kDim + column];
+    }
 #pragma unroll
-    for (int c = 0; c < 32; ++c) {
-      const Fold fold = fold_of(top, __shfl_sync(0xFFFFFFFFu, own_top, c));
-      const float part_sum = __shfl_sync(0xFFFFFFFFu, own_sum, c);
-      if (c >= count) continue;
+    for (int c = 0; c < kFoldAhead; ++c) {
+      if (c >= count) break;
+      const Fold fold = fold_of(top, tops[c]);
       top = fold.top;
-      sum = fold(sum, part_sum);
+      sum = fold(sum, sums[c]);
       out = fold(out, outs[c]);
     }
   }
