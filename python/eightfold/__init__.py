@@ -9,9 +9,12 @@ import importlib
 from eightfold import ops, reference
 from eightfold.ops import (
     QuantizedTensor,
+    attention,
     build_info,
     fp8_gemm,
     fp8_gemm_accumulate_,
+    paged_attention,
+    paged_store_,
     quantize,
     quantize_both,
     requantize,
@@ -20,12 +23,15 @@ from eightfold.ops import (
 __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
+    "attention",
     "build_info",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
     "nn",
     "ops",
     "optim",
+    "paged_attention",
+    "paged_store_",
     "quantize",
     "quantize_both",
     "reference",

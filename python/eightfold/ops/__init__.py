@@ -2,6 +2,7 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.ops.attention import attention, paged_attention, paged_store_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
@@ -29,6 +30,7 @@ __all__ = [
     "QuantizedTensor",
     "adamw_dre_",
     "add_rms_norm_quantize",
+    "attention",
     "build_info",
     "cross_entropy",
     "dre_dequantize",
@@ -36,6 +38,8 @@ __all__ = [
     "fp8_gemm",
     "fp8_gemm_accumulate_",
     "gemm_plan",
+    "paged_attention",
+    "paged_store_",
     "quantize",
     "quantize_beside",
     "quantize_both",

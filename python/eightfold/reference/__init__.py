@@ -4,6 +4,7 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 """
 
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
@@ -28,12 +29,16 @@ from eightfold.reference.rotary import rotary, rotary_backward_quantize
 __all__ = [
     "adamw_dre_",
     "add_rms_norm_quantize",
+    "attention",
+    "attention_backward",
     "cross_entropy",
     "dequantize",
     "dre_dequantize",
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "paged_attention",
+    "paged_store_",
     "quantize",
     "quantize_beside",
     "quantize_both",

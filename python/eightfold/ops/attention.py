@@ -1,0 +1,170 @@
+"""Attention over packed sequences, with gradients, and over a paged cache (FlashAttention-2, arXiv 2307.08691;
+PagedAttention, arXiv 2309.06180).
+
+A row has one order of operations (csrc/attention/attention.h): on one device its bits are the same in a batch or alone,
+in a whole sequence, a piece of it or token by token, from packed keys or from pages.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
+from eightfold.reference.attention import attention_backward
+
+_ops = torch.ops.eightfold
+_BACKWARD = "eightfold::attention_backward"
+
+# No CUDA kernel of this library: the definition in torch. Without any CUDA kernels ops/_fallback.py has done the same.
+if not torch._C._dispatch_has_kernel_for_dispatch_key(_BACKWARD, "CUDA"):
+    torch.library.impl(_BACKWARD, "CUDA")(attention_backward)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    starts: Tensor | None = None,
+    longest: int | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, each sequence by itself; query heads share KV heads in order (heads a multiple of
+    kv_heads).
+
+    Args:
+        q, k, v: bfloat16, or float32 on the CPU, of one dtype. Packed: [tokens, heads, dim] and [tokens, kv_heads,
+            dim], dim contiguous, any other strides; or, without starts, [batch, tokens, heads, dim] likewise, copied
+            where batch and tokens make no one dimension. dim: 64, 96 or 128; on the CPU any multiple of 8 from 16 to
+            256.
+        starts: int32 [sequences + 1], contiguous, rising from 0 to tokens: the first row of each sequence.
+        longest: at least the length of every sequence; default: of a batch its tokens, else all tokens. Decides the
+            launch on CUDA, no number.
+        scale: of the scores; default dim ** -0.5.
+        causal: a token sees itself and what is before it; else all of its sequence.
+        return_lse: also returns the natural log-sum-exp of each row's scores, float32 [heads, rows], not
+            differentiable.
+
+    Returns a contiguous tensor of q's shape and dtype. Differentiable once in q, k and v; the gradients do not depend
+    on threads. Raises RuntimeError for other dtypes, shapes, devices or layouts and, on the CPU, starts that do not
+    rise from 0 to tokens; ValueError for starts beside a batch, or their lack beside packed sequences.
+    """
+    shape = q.shape
+    if (starts is None) != (q.ndim == 4):
+        expected = "4 dimensions without starts" if starts is None else "3 dimensions with starts"
+        raise ValueError(f"attention: q must have {expected}, got shape {list(q.shape)}")
+    if starts is None:
+        batch, tokens = shape[:2]
+        for name, x in (("k", k), ("v", v)):
+            if x.ndim != 4 or x.shape[:2] != shape[:2]:
+                expected = f"[{batch}, {tokens}, kv_heads, {shape[3]}]"
+                raise ValueError(f"attention: {name} must have shape {expected}, got {list(x.shape)}")
+        starts = torch.arange(batch + 1, dtype=torch.int32, device=q.device) * tokens
+        longest = tokens if longest is None else longest
+        q, k, v = (x.reshape(batch * tokens, *x.shape[2:]) for x in (q, k, v))
+    longest = q.shape[0] if longest is None else longest
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        out, lse = _Attention.apply(q, k, v, starts, longest, scale, causal)
+    else:
+        out, lse = _ops.attention(q, k, v, starts, longest, scale, causal)
+    return (out.view(shape), lse) if return_lse else out.view(shape)
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    longest: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention of the last rows of each sequence over all of its keys, which lie in pages: one row when
+    decoding, many in a prefill. The bits are those of ``attention`` over the same keys.
+
+    Args:
+        q: bfloat16, or float32 on the CPU, [tokens, heads, dim] as for ``attention``.
+        k_pages, v_pages: [page, kv_heads, page_size, dim], contiguous, page_size a multiple of 16, in q's dtype or
+            float8_e4m3fn. Key i of sequence s is at place i % page_size of page pages[s, i // page_size].
+        pages: int32 [sequences, most_pages], contiguous; what lies beyond a sequence's length is not read.
+        starts: int32 [sequences + 1], rising from 0 to tokens: the first row of q of each sequence.
+        lengths: int32 [sequences]: keys of each sequence, those of its rows of q included.
+        k_scales, v_scales: float32 [page, kv_heads, page_size], contiguous, with float8_e4m3fn pages alone: a key is
+            bfloat16(code * scale).
+        longest: at least the rows of q of every sequence; default: tokens. Decides the launch on CUDA, no number.
+        scale: of the scores; default dim ** -0.5.
+
+    Returns a contiguous tensor of q's shape and dtype; it has no gradient. Raises RuntimeError for other dtypes,
+    shapes, devices or layouts and, on the CPU, for lengths or page numbers out of range.
+    """
+    longest = q.shape[0] if longest is None else longest
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale)
+
+
+def paged_store_(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    """Writes keys and values into pages, in place: row i to slot slots[i] = page * page_size + place in it.
+
+    Args:
+        k, v: bfloat16, or float32 on the CPU, [tokens, kv_heads, dim], dim contiguous, any other strides.
+        k_pages, v_pages, k_scales, v_scales: as for ``paged_attention``; into float8_e4m3fn pages a row of a head is
+            quantised with one scale, amax / 448.
+        slots: int64 [tokens], contiguous, no slot twice; a row with a slot below 0 is written nowhere.
+
+    Raises RuntimeError for other dtypes, shapes, devices or layouts and, on the CPU, for slots out of range.
+    """
+    _ops.paged_store_(k, v, k_pages, v_pages, k_scales, v_scales, slots)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(q, k, v, starts, longest, scale, causal):
+        return _ops.attention(q, k, v, starts, longest, scale, causal)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        q, k, v, starts, *ctx.options = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(q, k, v, *output, starts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        return *_ops.attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+@torch.library.register_fake("eightfold::attention")
+def _(q, k, v, starts, longest, scale, causal=True):
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("eightfold::attention_backward")
+def _(dout, q, k, v, out, lse, starts, longest, scale, causal=True):
+    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+
+@torch.library.register_fake("eightfold::paged_attention")
+def _(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale):
+    return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("eightfold::paged_store_")
+def _(*args):
+    return None
