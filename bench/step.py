@@ -19,6 +19,7 @@ import torch
 
 import eightfold.optim
 from eightfold.models.config import DecoderConfig
+from eightfold.models.attention import Whole
 from eightfold.models.decoder import Decoder, DecoderLayer
 from eightfold.models.precision import strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables
@@ -181,7 +182,7 @@ def our_run(
     stream, branch = ((x / 2).requires_grad_() for _ in range(2))
 
     def forward(stream, branch):
-        return layer(stream, branch, tables, None, None)
+        return layer(stream, branch, tables, Whole(None, None))
 
     call = forward
     if compile:
@@ -203,7 +204,7 @@ class _Pair(torch.nn.Module):
         self.layer, self.tables = layer, tables
 
     def forward(self, stream, branch):
-        return self.layer(stream, branch, self.tables, None, None)
+        return self.layer(stream, branch, self.tables, Whole(None, None))
 
 
 def _torchao_run(plain, tables, x, grad) -> dict[str, LayerRun]:

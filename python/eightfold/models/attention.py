@@ -1,4 +1,5 @@
-"""Causal attention over whole sequences, packed documents or a KV cache, on torch's fused kernels."""
+"""How the layers of a decoder attend: over whole sequences, packed documents or a KV cache on torch's fused kernels
+(`Whole`), or by `ops.attention`, whose rows have the same bits in training (`Packed`) and over pages (`Paged`)."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eightfold.ops import attention, paged_attention, paged_store_
 
 # On Hopper cuDNN's kernels take half the time of torch's own, forward and backward; but it plans anew for every shape,
 # which generation, where the shapes grow, cannot afford.
@@ -116,3 +119,79 @@ class KVCache:
         if not 0 <= length <= self.length:
             raise ValueError(f"length: expected 0 to {self.length}, got {length}")
         self.length = length
+
+
+class Whole:
+    """Attends a batch of sequences of one length: by `attention_bias`, after what `cache` holds."""
+
+    def __init__(self, bias: torch.Tensor | None, cache: KVCache | None):
+        self.bias, self.cache = bias, cache
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [B, T, heads, D], k and v [B, T, kv_heads, D] of a layer -> [B, T, heads * D]."""
+        if self.cache is not None:
+            k, v = self.cache.append(layer, k, v)
+        return causal_attention(q, k, v, self.bias)
+
+
+class Packed:
+    """Attends sequences that lie one behind the other in a batch of one: rows starts[s] to starts[s + 1] are one.
+
+    starts int32 [sequences + 1] on the device; longest: no sequence is longer.
+    """
+
+    def __init__(self, starts: torch.Tensor, longest: int):
+        self.starts, self.longest = starts, longest
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
+        return attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest).flatten(1)[None]
+
+
+class PagedCache:
+    """Keys and values of all layers in pages of `page_size` tokens: [layers, pages, kv_heads, page_size, head_dim]."""
+
+    def __init__(self, config, pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
+        shape = (config.num_hidden_layers, pages, config.num_key_value_heads, page_size, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @property
+    def pages(self) -> int:
+        return self.keys.shape[1]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[3]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Page `source` of every layer into page `target`."""
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+
+
+class Paged:
+    """Stores the keys and values of new rows in pages and attends the rows over all of their sequences' pages.
+
+    pages int32 [sequences, most_pages]; starts int32 [sequences + 1]; lengths int32 [sequences], keys with the new ones;
+    slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows.
+    """
+
+    def __init__(
+        self,
+        cache: PagedCache,
+        pages: torch.Tensor,
+        starts: torch.Tensor,
+        lengths: torch.Tensor,
+        slots: torch.Tensor,
+        longest: int,
+    ):
+        self.cache, self.pages, self.starts, self.lengths = cache, pages, starts, lengths
+        self.slots, self.longest = slots, longest
+
+    def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        paged_store_(k[0], v[0], keys, values, self.slots)
+        out = paged_attention(q[0], keys, values, self.pages, self.starts, self.lengths, longest=self.longest)
+        return out.flatten(1)[None]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from eightfold.models.attention import KVCache, attention_bias, causal_attention, document_segments
+from eightfold.models.attention import KVCache, Packed, Whole, attention_bias, document_segments
 from eightfold.models.config import DecoderConfig
-from eightfold.models.head import token_loss
+from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables
 from eightfold.ops import rotary
@@ -61,7 +61,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
 
-    def forward(self, stream, branch, tables, bias, cache):
+    def forward(self, stream, branch, tables, attend):
         attn = self.self_attn
         projections, norm = (attn.q_proj, attn.k_proj, attn.v_proj), self.input_layernorm
         if attn.q_norm is None:
@@ -71,9 +71,7 @@ class DecoderLayer(nn.Module):
             q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
             q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
             q, k = rotary(q, *tables), rotary(k, *tables)
-        if cache is not None:
-            k, v = cache.append(self.index, k, v)
-        mixed = self.compute.attention_output(causal_attention(q, k, v, bias), attn.o_proj)
+        mixed = self.compute.attention_output(attend(self.index, q, k, v), attn.o_proj)
         return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
 
 
@@ -176,6 +174,27 @@ class Decoder(nn.Module):
         total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens)
         return total / count.clamp(min=1) if reduction == "mean" else total
 
+    def token_log_probs(
+        self,
+        ids: torch.Tensor,
+        starts: torch.Tensor,
+        longest: int,
+        labels: torch.Tensor,
+        temperatures: torch.Tensor | float = 1.0,
+        chunk_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Natural log-probability, fp32 [tokens], of labels[i] (int64; -100: none, 0) after ids[i], of sequences packed
+        as in `packed_hidden`, at `temperatures` (one, or fp32 [tokens]). Differentiable; logits are never kept.
+
+        These are the bits that `generate.rollout` gives for the same tokens, in precision "fp8" on either device.
+        """
+        if labels.shape != ids.shape:
+            raise ValueError(f"labels: expected the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
+        if not torch.is_tensor(temperatures):
+            temperatures = torch.full(ids.shape, temperatures, dtype=torch.float32, device=ids.device)
+        hidden = self.packed_hidden(ids, starts, longest)
+        return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, chunk_tokens)
+
     def hidden(
         self,
         ids: torch.Tensor,
@@ -192,22 +211,42 @@ class Decoder(nn.Module):
             positions = restarted if positions is None else positions
         if positions is None:
             positions = torch.arange(past, past + tokens, device=ids.device)[None]
+        bias_dtype = torch.float32 if ids.device.type == "cpu" else self.compute.dtype
+        bias = attention_bias(tokens, past, segments, bias_dtype, ids.device)
+        hidden = self._layers(ids, positions, Whole(bias, cache))
+        if cache is not None:
+            cache.length += tokens
+        return hidden
+
+    def packed_hidden(self, ids: torch.Tensor, starts: torch.Tensor, longest: int) -> torch.Tensor:
+        """`hidden` [tokens, hidden_size] of sequences one behind the other: ids [tokens], those of sequence s from
+        starts[s] to starts[s + 1] (int32 [sequences + 1] on the same device), none longer than `longest`.
+
+        A token's bits depend on the tokens before it alone: they are the same in any packing and in `rows_hidden`.
+        """
+        index = torch.arange(ids.shape[0], device=ids.device)
+        sequence = torch.searchsorted(starts, index, right=True, out_int32=True) - 1
+        return self.rows_hidden(ids, index - starts[sequence], Packed(starts, longest))
+
+    def rows_hidden(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
+        """`hidden` [tokens, hidden_size] of ids [tokens] at positions [tokens], whose queries find their keys by
+        `attend` (`models.attention.Packed`, `Paged`)."""
+        if ids.numel() == 0:
+            return torch.zeros(0, self.config.hidden_size, dtype=self.compute.dtype, device=ids.device)
+        return self._layers(ids[None], positions[None], attend)[0]
+
+    def _layers(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         if self._frequency.device != ids.device:
             self._frequency = self._frequency.to(ids.device)
         tables = rotary_tables(self._frequency, positions)
-        bias_dtype = torch.float32 if ids.device.type == "cpu" else self.compute.dtype
-        bias = attention_bias(tokens, past, segments, bias_dtype, ids.device)
-
         stream, branch = None, F.embedding(ids, self.model.embed_tokens.weight).to(self.compute.dtype)
         for layer in self.model.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 # Added here, so that one tensor per layer is kept instead of two.
                 branch = branch if stream is None else stream + branch
-                stream, branch = checkpoint(layer, None, branch, tables, bias, cache, use_reentrant=False)
+                stream, branch = checkpoint(layer, None, branch, tables, attend, use_reentrant=False)
             else:
-                stream, branch = layer(stream, branch, tables, bias, cache)
-        if cache is not None:
-            cache.length += tokens
+                stream, branch = layer(stream, branch, tables, attend)
         return self.compute.norm(branch if stream is None else stream + branch, self.model.norm)
 
     def _check(self, ids, positions, document_ids, cache) -> None:

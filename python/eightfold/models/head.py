@@ -1,4 +1,5 @@
-"""The language-model head: fp32 logits from low-precision operands, and a loss that never holds all logits."""
+"""The language-model head: fp32 logits from low-precision operands, a loss that never holds all logits, and
+log-probabilities of tokens whose bits depend on their own row alone."""
 
 from __future__ import annotations
 
@@ -103,3 +104,69 @@ def token_loss(
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
     labels = labels.to(torch.int64).contiguous()
     return _TokenLoss.apply(hidden, weight, labels, chunk_tokens), (labels != IGNORE).sum()
+
+
+def row_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """fp32 logits [rows, V] of hidden [rows, H] and weight [V, H] of one dtype; a row's bits depend on that row alone."""
+    return ops.gemm(hidden, weight, torch.float32)
+
+
+def _tempered(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """Rows of logits divided by their temperatures; 0, which draws the most likely token, counts as 1."""
+    return logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+
+
+def row_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
+    """log softmax(logits / temperature)[token], fp32 [rows], of logits [rows, V], tokens int64 and temperatures fp32
+    [rows]; 0 where the token is -100."""
+    return -ops.cross_entropy(_tempered(logits, temperatures), tokens, False, logits.dtype)[0]
+
+
+class _TokenLogProbs(torch.autograd.Function):
+    """Chunks of logits are made in the forward pass and again in the backward: none outlives its chunk."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, tokens, temperatures, chunk):
+        out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+        w = weight.to(hidden.dtype)
+        for begin in range(0, hidden.shape[0], chunk):
+            part = slice(begin, begin + chunk)
+            out[part] = row_log_probs(row_logits(hidden[part], w), tokens[part], temperatures[part])
+        ctx.save_for_backward(hidden, weight, tokens, temperatures)
+        ctx.chunk = chunk
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        hidden, weight, tokens, temperatures = ctx.saved_tensors
+        dtype, (need_hidden, need_weight, *_) = hidden.dtype, ctx.needs_input_grad
+        rounded = weight.to(dtype)
+        w = _operand(weight, dtype)
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
+        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        factor = -grad / torch.where(temperatures > 0, temperatures, 1.0)
+        for begin in range(0, hidden.shape[0], ctx.chunk):
+            part = slice(begin, begin + ctx.chunk)
+            logits = _tempered(row_logits(hidden[part], rounded), temperatures[part])
+            error = ops.cross_entropy(logits, tokens[part], True, torch.float32)[1]
+            error = _operand(error * factor[part, None], dtype)
+            if need_hidden:
+                d_hidden[part] = _matmul(error, w).to(dtype)
+            if need_weight:
+                _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+
+
+def token_log_probs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    tokens: torch.Tensor,
+    temperatures: torch.Tensor,
+    chunk_tokens: int | None = None,
+) -> torch.Tensor:
+    """`row_log_probs` of all rows, fp32 [rows], differentiable in hidden [rows, H] and head weight [V, H]. Logits exist
+    for `chunk_tokens` rows at a time, in either pass; the result's bits do not depend on it."""
+    if chunk_tokens is None:
+        chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
+    return _TokenLogProbs.apply(hidden, weight, tokens, temperatures, chunk_tokens)

@@ -1,0 +1,321 @@
+"""Rollout: many completions at once over a paged cache, each the same whatever runs beside it.
+
+Continuous batching (Orca, OSDI 2022) over pages (PagedAttention, arXiv 2309.06180): a step computes one token of every
+running sequence; new prompts come in as pages become free, in pieces of at most `prefill_tokens`. The samples of a prompt
+share its pages. Rows of every op used here depend on their own sequence alone, so a completion is a function of
+weights, prompt, sampling options and seed: not of the batch, the order or the pages, and a sequence that had to give its
+pages back is computed again to the same bits. A token's log-probability has the bits of `Decoder.token_log_probs`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from eightfold.generate.pages import PagePool
+from eightfold.generate.text import SamplingOptions
+from eightfold.models.attention import Paged, PagedCache
+from eightfold.models.decoder import Decoder
+from eightfold.models.head import row_logits, row_log_probs
+from eightfold.ops import sample
+
+Finish = Literal["stop", "length"]
+_SEED_STEP = 0x9E3779B97F4A7C15  # odd: seeds of the samples of a request are all different
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how to continue it, `samples` times.
+
+    stop_ids end a completion and stay in it, as does the token that completes one of the strings `stop`. Sample i of
+    seed s is drawn as sample 0 of another request would be with the seed that `sample_seed(s, i)` gives.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    options: SamplingOptions = SamplingOptions(temperature=1.0)
+    seed: int = 0
+    samples: int = 1
+    stop_ids: frozenset[int] = frozenset()
+    stop: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        if len(self.prompt) == 0:
+            raise ValueError("prompt: expected at least one token, got none")
+        for name in ("max_tokens", "samples"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+
+
+@dataclass
+class Completion:
+    """The tokens drawn after a prompt, each token's log-probability (natural, at the request's temperature; at
+    temperature 0 that of temperature 1), and why it ended."""
+
+    tokens: list[int]
+    log_probs: list[float]
+    finish: Finish
+
+
+@dataclass(frozen=True)
+class RolloutOptions:
+    """pages of `page_size` tokens are the cache; at most `sequences` run at once, and `prefill_tokens` tokens of
+    prompts are computed in a step."""
+
+    pages: int
+    page_size: int = 64
+    sequences: int = 256
+    prefill_tokens: int = 8192
+
+    def __post_init__(self):
+        for name in ("pages", "page_size", "sequences", "prefill_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.page_size % 16:
+            raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """The seed of sample `index` of a request, int64."""
+    value = (seed + index * _SEED_STEP) % 2**64
+    return value - 2**64 if value >= 2**63 else value
+
+
+@dataclass(eq=False)
+class _Sequence:
+    request: Request
+    place: tuple[int, int]  # of the completion in the results
+    seed: int
+    tokens: list[int]  # prompt and completion
+    log_probs: list[float] = field(default_factory=list)
+    pages: list[int] = field(default_factory=list)
+    cached: int = 0  # tokens whose keys and values are in the pages
+    followers: list[_Sequence] = field(default_factory=list)  # samples that begin when the prompt is computed
+
+    @property
+    def drawn(self) -> list[int]:
+        return self.tokens[len(self.request.prompt) :]
+
+
+class Rollout:
+    """An engine over one decoder. Weights must not change while `generate` runs; between two calls they may."""
+
+    def __init__(self, model: Decoder, options: RolloutOptions, tokenizer=None):
+        """tokenizer: needed for requests with strings to stop at; only its `decode` is used."""
+        self.model, self.options, self.tokenizer = model, options, tokenizer
+        self.cache = PagedCache(model.config, options.pages, options.page_size, model.compute.dtype, model.device)
+        self.pool = PagePool(options.pages)
+        self._waiting: deque[_Sequence] = deque()
+        self._running: list[_Sequence] = []
+
+    @torch.inference_mode()
+    def generate(
+        self, requests: Sequence[Request], on_complete: Callable[[int, int, Completion], None] | None = None
+    ) -> list[list[Completion]]:
+        """The completions of each request, in order. `on_complete(request, sample, completion)` is called as they end.
+
+        Raises ValueError naming the argument where a request cannot fit or needs a tokenizer.
+        """
+        results: list[list[Completion | None]] = [[None] * request.samples for request in requests]
+        for index, request in enumerate(requests):
+            self._check(index, request)
+            samples = [
+                _Sequence(request, (index, i), sample_seed(request.seed, i), list(request.prompt))
+                for i in range(request.samples)
+            ]
+            samples[0].followers = samples[1:]
+            self._waiting.append(samples[0])
+        self._head = self.model.lm_head.weight.detach().to(self.model.compute.dtype)
+        try:
+            with self.model.compute.constant_weights():
+                while self._waiting or self._running:
+                    for sequence, finish in self._step():
+                        completion = Completion(sequence.drawn, sequence.log_probs, finish)
+                        results[sequence.place[0]][sequence.place[1]] = completion
+                        if on_complete is not None:
+                            on_complete(*sequence.place, completion)
+        finally:
+            for sequence in self._running:
+                self._give_back(sequence)
+            self._running, self._waiting, self._head = [], deque(), None
+        return results
+
+    def _check(self, index: int, request: Request) -> None:
+        limit = self.model.config.max_position_embeddings
+        tokens = len(request.prompt) + request.max_tokens
+        if tokens > limit:
+            raise ValueError(
+                f"requests[{index}]: prompt and completion of {len(request.prompt)} + {request.max_tokens} tokens are "
+                f"longer than the model's context of {limit}"
+            )
+        if -(-tokens // self.options.page_size) > self.options.pages:
+            raise ValueError(
+                f"requests[{index}]: {tokens} tokens need {-(-tokens // self.options.page_size)} pages of "
+                f"{self.options.page_size}, the cache has {self.options.pages}"
+            )
+        if request.stop and self.tokenizer is None:
+            raise ValueError(f"requests[{index}]: strings to stop at need a tokenizer, got none")
+
+    # ---- one step: prompts, then one token of everything that runs ----
+
+    def _step(self) -> list[tuple[_Sequence, Finish]]:
+        # Running sequences first: a sequence that has to give up its pages for them then has no row under way.
+        ready = self._with_pages([s for s in self._running if 0 < s.cached == len(s.tokens) - 1])
+        drawn = []
+        if ready:
+            hidden = self._compute([(s, 1) for s in ready])
+            drawn = [(s, hidden[i : i + 1]) for i, s in enumerate(ready)]
+        return self._draw(drawn + self._prefill())
+
+    def _prefill(self) -> list[tuple[_Sequence, torch.Tensor]]:
+        """Computes pieces of prompts; (sequence, last row) of those whose prompt is complete, with their followers."""
+        self._admit()
+        pieces, budget = [], self.options.prefill_tokens
+        for sequence in self._running:
+            left = len(sequence.tokens) - sequence.cached
+            if left > 1 or sequence.cached == 0:
+                pieces.append((sequence, min(left, budget)))
+                budget -= pieces[-1][1]
+                if budget == 0:
+                    break
+        if not pieces:
+            return []
+        hidden, row, done = self._compute(pieces), 0, []
+        for sequence, count in pieces:
+            row += count
+            if sequence.cached == len(sequence.tokens):
+                last = hidden[row - 1 : row]
+                done.append((sequence, last))
+                done += [(follower, last) for follower in self._fork(sequence)]
+        return done
+
+    def _admit(self) -> None:
+        """Lets waiting sequences in while their prompts, and a page for each to go on, find room."""
+        while self._waiting and len(self._running) < self.options.sequences:
+            sequence = self._waiting[0]
+            pages = -(-len(sequence.tokens) // self.options.page_size)
+            if self.pool.free < pages + (1 if self._running else 0):
+                return
+            self._waiting.popleft()
+            sequence.pages = [self.pool.take() for _ in range(pages)]
+            self._running.append(sequence)
+
+    def _fork(self, leader: _Sequence) -> list[_Sequence]:
+        """The followers that find room begin beside their leader: full pages are shared, the last one is copied. The others
+        wait, to compute the prompt themselves."""
+        started, size = [], self.options.page_size
+        full, part = divmod(leader.cached, size)
+        for follower in leader.followers:
+            if self.pool.free < (1 if part else 0) or len(self._running) >= self.options.sequences:
+                self._waiting.appendleft(follower)
+                continue
+            follower.pages = [self.pool.share(page) for page in leader.pages[:full]]
+            if part:
+                follower.pages.append(self.pool.take())
+                self.cache.copy_page(leader.pages[full], follower.pages[full])
+            follower.cached = leader.cached
+            self._running.append(follower)
+            started.append(follower)
+        leader.followers = []
+        return started
+
+    def _with_pages(self, ready: list[_Sequence]) -> list[_Sequence]:
+        """Those of `ready` that have a page for their next token; where pages run out, who came last gives up its own."""
+        out = []
+        for sequence in ready:
+            if sequence not in self._running:
+                continue
+            while len(sequence.pages) * self.options.page_size < len(sequence.tokens):
+                if self.pool.free:
+                    sequence.pages.append(self.pool.take())
+                    continue
+                last = self._running[-1]
+                self._preempt(last)
+                out = [s for s in out if s is not last]
+                if last is sequence:
+                    break
+            else:
+                out.append(sequence)
+        return out
+
+    def _preempt(self, sequence: _Sequence) -> None:
+        """Back to the queue: its tokens are known, their keys and values will be computed again."""
+        self._running.remove(sequence)
+        self._give_back(sequence)
+        sequence.cached = 0
+        self._waiting.appendleft(sequence)
+
+    def _give_back(self, sequence: _Sequence) -> None:
+        for page in sequence.pages:
+            self.pool.release(page)
+        sequence.pages = []
+
+    def _compute(self, pieces: list[tuple[_Sequence, int]]) -> torch.Tensor:
+        """Hidden rows of the next tokens of sequences, one behind the other; their keys and values go to the pages."""
+        ids, positions, slots, starts, lengths = [], [], [], [0], []
+        size = self.options.page_size
+        for sequence, count in pieces:
+            end = sequence.cached + count
+            ids += sequence.tokens[sequence.cached : end]
+            positions += range(sequence.cached, end)
+            slots += [sequence.pages[p // size] * size + p % size for p in range(sequence.cached, end)]
+            starts.append(starts[-1] + count)
+            lengths.append(end)
+            sequence.cached = end
+        most = max(len(sequence.pages) for sequence, _ in pieces)
+        pages = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence, _ in pieces]
+        attend = Paged(
+            self.cache,
+            self._tensor(pages, torch.int32),
+            self._tensor(starts, torch.int32),
+            self._tensor(lengths, torch.int32),
+            self._tensor(slots, torch.int64),
+            max(count for _, count in pieces),
+        )
+        return self.model.rows_hidden(self._tensor(ids, torch.int64), self._tensor(positions, torch.int64), attend)
+
+    def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
+        tensor = torch.tensor(values, dtype=dtype)
+        return tensor.to(self.model.device, non_blocking=True)
+
+    def _draw(self, rows: list[tuple[_Sequence, torch.Tensor]]) -> list[tuple[_Sequence, Finish]]:
+        """Draws a token for each (sequence, hidden row) and takes out the sequences that end with it."""
+        if not rows:
+            return []
+        sequences = [sequence for sequence, _ in rows]
+        options = [sequence.request.options for sequence in sequences]
+        logits = row_logits(torch.cat([row for _, row in rows]), self._head)
+        temperatures = self._tensor([o.temperature for o in options], torch.float32)
+        tokens = sample(
+            logits,
+            self._tensor([s.seed for s in sequences], torch.int64),
+            self._tensor([len(s.tokens) for s in sequences], torch.int64),
+            temperatures,
+            self._tensor([o.top_k for o in options], torch.int32),
+            self._tensor([o.top_p for o in options], torch.float32),
+        )
+        log_probs = row_log_probs(logits, tokens, temperatures)
+        ended = []
+        for sequence, token, log_prob in zip(sequences, tokens.tolist(), log_probs.tolist(), strict=True):
+            if token < 0:
+                raise ValueError(f"requests[{sequence.place[0]}]: the model's logits are not finite")
+            sequence.tokens.append(token)
+            sequence.log_probs.append(log_prob)
+            finish = self._finish(sequence)
+            if finish is not None:
+                self._running.remove(sequence)
+                self._give_back(sequence)
+                ended.append((sequence, finish))
+        return ended
+
+    def _finish(self, sequence: _Sequence) -> Finish | None:
+        request, drawn = sequence.request, sequence.drawn
+        if drawn[-1] in request.stop_ids:
+            return "stop"
+        if request.stop and any(text in self.tokenizer.decode(drawn) for text in request.stop):
+            return "stop"
+        return "length" if len(drawn) == request.max_tokens else None
