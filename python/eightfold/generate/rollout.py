@@ -1,10 +1,10 @@
 """Rollout: many completions at once over a paged cache, each the same whatever runs beside it.
 
-Continuous batching (Orca, OSDI 2022) over pages (PagedAttention, arXiv 2309.06180): a step computes one token of every
-running sequence; new prompts come in as pages become free, in pieces of at most `prefill_tokens`. The samples of a prompt
-share its pages. Rows of every op used here depend on their own sequence alone, so a completion is a function of
-weights, prompt, sampling options and seed: not of the batch, the order or the pages, and a sequence that had to give its
-pages back is computed again to the same bits. A token's log-probability has the bits of `Decoder.token_log_probs`.
+Continuous batching (Orca, OSDI 2022) over pages (PagedAttention, arXiv 2309.06180): a step computes one token of
+every running sequence; new prompts come in as pages become free, in pieces of at most `prefill_tokens`. The samples of
+a prompt share its pages. Rows of every op used here depend on their own sequence alone, so a completion is a function
+of weights, prompt, sampling options and seed: not of the batch, the order or the pages, and a sequence that had to give
+its pages back is computed again to the same bits. A token's log-probability has the bits of `Decoder.token_log_probs`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from eightfold.generate.pages import PagePool
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
-from eightfold.models.head import row_logits, row_log_probs
+from eightfold.models.head import row_log_probs, row_logits
 from eightfold.ops import sample
 
 Finish = Literal["stop", "length"]
@@ -37,7 +37,7 @@ class Request:
 
     prompt: Sequence[int]
     max_tokens: int
-    options: SamplingOptions = SamplingOptions(temperature=1.0)
+    options: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=1.0))
     seed: int = 0
     samples: int = 1
     stop_ids: frozenset[int] = frozenset()
@@ -165,14 +165,11 @@ class Rollout:
     def _step(self) -> list[tuple[_Sequence, Finish]]:
         # Running sequences first: a sequence that has to give up its pages for them then has no row under way.
         ready = self._with_pages([s for s in self._running if 0 < s.cached == len(s.tokens) - 1])
-        drawn = []
-        if ready:
-            hidden = self._compute([(s, 1) for s in ready])
-            drawn = [(s, hidden[i : i + 1]) for i, s in enumerate(ready)]
-        return self._draw(drawn + self._prefill())
+        rows = self._compute([(s, 1) for s in ready])
+        return self._draw(rows + self._compute(self._next_pieces()))
 
-    def _prefill(self) -> list[tuple[_Sequence, torch.Tensor]]:
-        """Computes pieces of prompts; (sequence, last row) of those whose prompt is complete, with their followers."""
+    def _next_pieces(self) -> list[tuple[_Sequence, int]]:
+        """The tokens of prompts that this step computes."""
         self._admit()
         pieces, budget = [], self.options.prefill_tokens
         for sequence in self._running:
@@ -182,16 +179,7 @@ class Rollout:
                 budget -= pieces[-1][1]
                 if budget == 0:
                     break
-        if not pieces:
-            return []
-        hidden, row, done = self._compute(pieces), 0, []
-        for sequence, count in pieces:
-            row += count
-            if sequence.cached == len(sequence.tokens):
-                last = hidden[row - 1 : row]
-                done.append((sequence, last))
-                done += [(follower, last) for follower in self._fork(sequence)]
-        return done
+        return pieces
 
     def _admit(self) -> None:
         """Lets waiting sequences in while their prompts, and a page for each to go on, find room."""
@@ -205,8 +193,8 @@ class Rollout:
             self._running.append(sequence)
 
     def _fork(self, leader: _Sequence) -> list[_Sequence]:
-        """The followers that find room begin beside their leader: full pages are shared, the last one is copied. The others
-        wait, to compute the prompt themselves."""
+        """The followers that find room begin beside their leader: full pages are shared, the last one is copied. The
+        others wait, to compute the prompt themselves."""
         started, size = [], self.options.page_size
         full, part = divmod(leader.cached, size)
         for follower in leader.followers:
@@ -224,7 +212,7 @@ class Rollout:
         return started
 
     def _with_pages(self, ready: list[_Sequence]) -> list[_Sequence]:
-        """Those of `ready` that have a page for their next token; where pages run out, who came last gives up its own."""
+        """Those of `ready` that have a page for their next token; where pages run out, who came last gives up all."""
         out = []
         for sequence in ready:
             if sequence not in self._running:
@@ -254,8 +242,11 @@ class Rollout:
             self.pool.release(page)
         sequence.pages = []
 
-    def _compute(self, pieces: list[tuple[_Sequence, int]]) -> torch.Tensor:
-        """Hidden rows of the next tokens of sequences, one behind the other; their keys and values go to the pages."""
+    def _compute(self, pieces: list[tuple[_Sequence, int]]) -> list[tuple[_Sequence, torch.Tensor]]:
+        """Computes the next tokens of sequences, (sequence, how many), one behind the other; their keys and values go
+        to the pages. Returns (sequence, hidden row [1, H]) of those without a token left, and of their followers."""
+        if not pieces:
+            return []
         ids, positions, slots, starts, lengths = [], [], [], [0], []
         size = self.options.page_size
         for sequence, count in pieces:
@@ -276,7 +267,13 @@ class Rollout:
             self._tensor(slots, torch.int64),
             max(count for _, count in pieces),
         )
-        return self.model.rows_hidden(self._tensor(ids, torch.int64), self._tensor(positions, torch.int64), attend)
+        hidden = self.model.rows_hidden(self._tensor(ids, torch.int64), self._tensor(positions, torch.int64), attend)
+        rows = []
+        for (sequence, _), end in zip(pieces, starts[1:], strict=True):
+            if sequence.cached == len(sequence.tokens):
+                last = hidden[end - 1 : end]
+                rows += [(s, last) for s in (sequence, *self._fork(sequence))]
+        return rows
 
     def _tensor(self, values: list, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.tensor(values, dtype=dtype)
