@@ -44,8 +44,9 @@ class OverlongOptions:
 
 @dataclass(frozen=True)
 class Advantages:
-    """values: float64 [samples]. kept: bool [samples], False for samples of a dropped group. groups, equal, dropped:
-    how many groups there are, how many have rewards that are all equal, and how many are dropped."""
+    """values: float64 [samples]. kept: bool [samples], False for samples of a dropped group: their tokens are to be
+    masked or left out of the batch. groups, equal, dropped: how many groups there are, how many have rewards that are
+    all equal, and how many are dropped."""
 
     values: Tensor
     kept: Tensor

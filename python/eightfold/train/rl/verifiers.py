@@ -63,8 +63,9 @@ class ReasoningGym:
 class MathAnswer:
     """1 where math-verify finds the completion's answer equal to the item's, else 0.
 
-    In both, what follows the last ``####`` is the answer where there is one (GSM8K's form). math-verify's own time
-    limits stay on (5 s an expression): where they end a comparison the answer counts as wrong.
+    In both, the answer is what follows the last ``####`` (GSM8K's form), else what the last <answer></answer> holds,
+    else where math-verify finds it. Its own time limits stay on (5 s an expression): where they end a comparison the
+    answer counts as wrong.
     """
 
     def __init__(self, answer_field: str) -> None:
@@ -72,16 +73,20 @@ class MathAnswer:
         self._field = answer_field
 
     def __call__(self, item: dict[str, Any], completion: str, finish_reason: str) -> float:
-        answer = _after_hashes(str(item[self._field]))
+        answer = _final(str(item[self._field]))
         # Plain text first; as LaTeX what is an expression rather than a number.
         expected = self._math.parse(answer) or self._math.parse(f"${answer}$")
         if not expected:
             raise ValueError(f"field {self._field!r}: math-verify finds no answer in {answer[:200]!r}")
-        return float(self._math.verify(expected, self._math.parse(_after_hashes(completion))))
+        return float(self._math.verify(expected, self._math.parse(_final(completion))))
 
 
-def _after_hashes(text: str) -> str:
-    return text.rpartition("####")[2].strip()
+def _final(text: str) -> str:
+    _, hashes, after = text.rpartition("####")
+    if hashes:
+        return after.strip()
+    tagged = extract_answer(text, "tag")
+    return text.strip() if tagged is None else tagged
 
 
 def extract_answer(completion: str, extraction: Extraction) -> str | None:
