@@ -1,19 +1,15 @@
 """The configuration of a training run: a YAML file plus overrides, typed; unknown keys and wrong types are refused."""
 
-import difflib
 from pathlib import Path
 from typing import Any, Literal
 
-import pydantic
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from eightfold.train import sections
+from eightfold.train.sections import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
-
-
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """Which model, and in what precision its layers compute and save."""
 
     path: str = Field(
@@ -41,7 +37,7 @@ class ModelConfig(_Section):
             raise OSError(str(error)) from None
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which text, and how it becomes sequences."""
 
     path: str = Field(description="text file, folder of text, .jsonl file, or a saved Hugging Face dataset")
@@ -60,7 +56,7 @@ class DataConfig(_Section):
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the tokens held out, in whole documents")
 
 
-class OptimizerConfig(_Section):
+class OptimizerConfig(Section):
     """AdamW: torch's own, or eightfold's with 8-bit states (adamw8); auto takes adamw8 for precision fp8."""
 
     name: Literal["auto", "adamw", "adamw8"] = "auto"
@@ -74,7 +70,7 @@ class OptimizerConfig(_Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate of the cosine / lr")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """One run. ``batch_size`` counts sequences of one optimizer step over all processes; gradients accumulate over
     ``batch_size / (micro_batch_size * processes)`` forward passes."""
 
@@ -110,78 +106,10 @@ SHORTHANDS = {
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> TrainConfig:
-    """Reads a YAML file (or starts empty) and applies ``key.sub=value`` overrides, whose values are YAML too.
-
-    Raises ValueError with one line that names the key, what is wrong and, for an unknown key, the keys allowed there.
-    """
-    values: dict[str, Any] = {}
-    source = "configuration"
-    if path is not None:
-        source = str(path)
-        values = _read_yaml(Path(path))
-    for override in overrides or []:
-        key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ValueError(f"override {override!r} is not of the form key=value, for example optimizer.lr=1e-4")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from None
-        _assign(values, key.strip().split("."), value, override)
-    return parse_config(values, source)
+    """A TrainConfig from a YAML file and ``key.sub=value`` overrides; errors as ``sections.load``'s."""
+    return sections.load(TrainConfig, path, overrides)
 
 
 def parse_config(values: dict[str, Any], source: str = "configuration") -> TrainConfig:
-    """Validates nested ``values``; errors as in ``load_config``."""
-    try:
-        return TrainConfig.model_validate(values)
-    except pydantic.ValidationError as error:
-        raise ValueError(f"{source}: {_explain(error.errors()[0])}") from None
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such configuration file") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 at byte {error.start}") from None
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not YAML: {_one_line(error)}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected a mapping of keys at the top, got {type(values).__name__}")
-    return values
-
-
-def _assign(values: dict[str, Any], keys: list[str], value: Any, override: str) -> None:
-    for depth, key in enumerate(keys[:-1]):
-        values = values.setdefault(key, {})
-        if not isinstance(values, dict):
-            raise ValueError(f"override {override!r}: {'.'.join(keys[: depth + 1])} is not a section")
-    values[keys[-1]] = value
-
-
-def _explain(error: Any) -> str:
-    """One sentence about one pydantic error."""
-    location = [str(part) for part in error["loc"]]
-    name = ".".join(location)
-    if error["type"] == "extra_forbidden":
-        section: Any = TrainConfig
-        for part in location[:-1]:
-            section = section.model_fields[part].annotation
-        allowed = sorted(section.model_fields)
-        close = difflib.get_close_matches(location[-1], allowed, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        where = f"in {'.'.join(location[:-1])!r}" if location[:-1] else "at the top"
-        return f"unknown key {name!r}{hint}; allowed {where}: {', '.join(allowed)}"
-    if error["type"] == "missing":
-        return f"key {name!r} is missing"
-    return f"key {name!r}: {error['msg'][0].lower()}{error['msg'][1:]}, got {error['input']!r}"
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """A TrainConfig from nested ``values``; errors as ``sections.load``'s."""
+    return sections.parse(TrainConfig, values, source)

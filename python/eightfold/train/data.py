@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from eightfold.train.config import DataConfig
+from eightfold.train.order import Cursor
 
 IGNORED = -100
 PROMPT_FIELDS = ("prompt", "question")
@@ -46,7 +47,9 @@ def read_documents(config: DataConfig) -> list[Document]:
         documents = _read_datasets(path, config)
     elif kind == "jsonl":
         files = [path] if path.is_file() else sorted(path.rglob("*.jsonl"))
-        documents = [document for file in files for document in _read_json_lines(file, config)]
+        documents = [
+            _record_to_document(record, config, where) for file in files for where, record in json_records(file)
+        ]
     elif path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix in config.extensions)
         if not files:
@@ -77,7 +80,8 @@ def _read_text(path: Path) -> str:
         raise ValueError(f"{path}: not UTF-8: byte {error.start} (line {line}) is 0x{data[error.start]:02x}") from None
 
 
-def _read_json_lines(path: Path, config: DataConfig) -> Iterator[Document]:
+def json_records(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON lines file, each with its place (``file:line``). ValueError for a line that is none."""
     for number, line in enumerate(_read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
@@ -88,7 +92,7 @@ def _read_json_lines(path: Path, config: DataConfig) -> Iterator[Document]:
             raise ValueError(f"{where}: not JSON at column {error.colno}: {error.msg}") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: expected a JSON object, got {type(record).__name__}")
-        yield _record_to_document(record, config, where)
+        yield where, record
 
 
 def _read_datasets(path: Path, config: DataConfig) -> list[Document]:
@@ -312,44 +316,7 @@ class Corpus:
             raise ValueError(f"{config.path}: too little text to train on after holding out {config.held_out:.0%}")
         return cls(sequences, pack(held_out, length, isolate) if held_out else None, seed)
 
-    def start(self) -> "Cursor":
+    def start(self) -> Cursor:
         """A cursor at the first sequence of the first epoch."""
-        return Cursor(self)
-
-
-@dataclass
-class Cursor:
-    """An endless walk through the training sequences, in a new order each epoch. Its state is two integers."""
-
-    corpus: Corpus
-    epoch: int = 0
-    position: int = 0
-    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False)  # of an epoch: a permutation takes a while
-
-    def order(self) -> np.ndarray:
-        if self._order is None or self._order[0] != self.epoch:
-            generator = np.random.default_rng([self.corpus.seed, self.epoch])
-            self._order = self.epoch, generator.permutation(len(self.corpus.train))
-        return self._order[1]
-
-    def take(self, count: int) -> list[int]:
-        """The next ``count`` sequence indices; runs over into the next epoch."""
-        indices: list[int] = []
-        while len(indices) < count:
-            order = self.order()
-            part = order[self.position : self.position + count - len(indices)]
-            indices += part.tolist()
-            self.position += len(part)
-            if self.position == len(order):
-                self.epoch, self.position = self.epoch + 1, 0
-        return indices
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position, "fingerprint": self.corpus.fingerprint}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if state["fingerprint"] != self.corpus.fingerprint:
-            raise ValueError(
-                "the data are not those of the checkpoint (text, tokenizer, sequence_length, held_out or seed differ)"
-            )
-        self.epoch, self.position = state["epoch"], state["position"]
+        depends_on = "text, tokenizer, sequence_length, held_out or seed"
+        return Cursor(len(self.train), self.seed, self.fingerprint, depends_on)

@@ -14,7 +14,7 @@ from torch import nn
 
 from eightfold.train import checkpoint, distributed
 from eightfold.train.config import ModelConfig, OptimizerConfig, TrainConfig
-from eightfold.train.data import Corpus, Cursor, Sequences
+from eightfold.train.data import Corpus, Sequences
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
 from eightfold.train.report import RunLog, memory_bytes, plot_curves, read_log
@@ -139,7 +139,7 @@ class _Run:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.micro = _micro_batch_size(config, world)
         self.corpus = Corpus.load(config.data, tokenizer, config.seed)
-        self.cursor: Cursor = self.corpus.start()
+        self.cursor = self.corpus.start()
         distributed.shard(model, world)
         if config.model.compile:
             for layer in model.model.layers:
