@@ -1,0 +1,109 @@
+"""A row's bits: whole sequence at once, in pieces over pages, token by token, in any batch: always the same."""
+
+import pytest
+import torch
+
+from attention_cases import DTYPES, Cache, packed, skip_what_cuda_lacks, starts_of
+from eightfold.ops import attention
+
+ops = torch.ops.eightfold
+LENGTHS = [1, 2, 15, 16, 17, 127, 128, 129, 300, 512, 513, 700]
+SHAPES = [(7, 1, 64), (6, 2, 128), (4, 4, 96), (2, 1, 24)]
+
+
+def alone(q, k, v, lengths):
+    """Every sequence by itself."""
+    parts = zip(*(x.split(lengths) for x in (q, k, v)), strict=True)
+    return torch.cat([attention(*part, starts=starts_of([len(part[0])], q.device)) for part in parts])
+
+
+def in_pieces(q, k, v, lengths, cuts, page_size, codes=False):
+    """All sequences at once, a piece of each at a time, stored and then attended; `cuts` says how long pieces are."""
+    starts = starts_of(lengths, q.device)
+    cache = Cache(lengths, k.shape[1], q.shape[2], q.dtype, q.device, page_size, codes)
+    out, done = torch.full_like(q, torch.nan), [0] * len(lengths)
+    for cut in cuts:
+        ends = [min(n, at + cut) for n, at in zip(lengths, done, strict=True)]
+        pieces = [torch.arange(a + first, b + first) for first, a, b in zip(starts.tolist(), done, ends)]
+        index = torch.cat(pieces).to(q.device)
+        slots = torch.cat([cache.slots(s, a, b) for s, (a, b) in enumerate(zip(done, ends, strict=True))])
+        ops.paged_store_(k[index], v[index], *cache.tensors, slots)
+        rows = [b - a for a, b in zip(done, ends, strict=True)]
+        out[index] = cache.attend(q[index], starts_of(rows, q.device), ends, max(rows))
+        done = ends
+    assert done == lengths
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_batch_pieces_tokens(shape, dtype, device):
+    skip_what_cuda_lacks(device, dtype, shape[2])
+    q, k, v, starts = packed(LENGTHS, *shape, dtype, device)
+    whole = attention(q, k, v, starts=starts)
+    assert torch.equal(alone(q, k, v, LENGTHS), whole)
+    for page_size, cuts in (
+        (16, [700]),
+        (48, [1] * 20 + [100] * 7),
+        (64, [33] * 22),
+        (128, [256, 1, 256, 187]),
+        (272, [500] * 2),
+    ):
+        assert torch.equal(in_pieces(q, k, v, LENGTHS, cuts, page_size), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("page_size", [16, 80])
+def test_one_token_at_a_time(page_size, dtype, device):
+    """As decoding does: keys after a token's own are NaN still."""
+    skip_what_cuda_lacks(device, dtype, 64)
+    q, k, v, starts = packed(LENGTHS, 7, 1, 64, dtype, device)
+    whole = attention(q, k, v, starts=starts)
+    assert torch.equal(in_pieces(q, k, v, LENGTHS, [1] * 700, page_size), whole)
+
+
+def test_codes_in_pieces(device):
+    q, k, v, _ = packed(LENGTHS, 7, 1, 64, torch.bfloat16, device)
+    whole = in_pieces(q, k, v, LENGTHS, [700], 16, codes=True)
+    assert whole.isfinite().all()
+    for page_size, cuts in ((64, [1] * 10 + [69] * 10), (128, [513, 187])):
+        assert torch.equal(in_pieces(q, k, v, LENGTHS, cuts, page_size, codes=True), whole)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_neighbours(dtype, device):
+    """Order, number and content of the other sequences."""
+    skip_what_cuda_lacks(device, dtype, 64)
+    q, k, v, starts = packed([300, 40, 300], 6, 2, 64, dtype, device)
+    first = [x[:300].clone() for x in (q, k, v)]
+    expected = attention(*first, starts=starts_of([300], device))
+    whole = attention(q, k, v, starts=starts)
+    assert torch.equal(whole[:300], expected)
+    turned = [torch.cat((x[300:], x[:300])) for x in (q, k, v)]
+    assert torch.equal(attention(*turned, starts=starts_of([40, 300, 300], device))[-300:], expected)
+    batch = [x[None].expand(5, -1, -1, -1) for x in first]
+    assert all(torch.equal(out, expected) for out in attention(*batch))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_heads(dtype, device):
+    """A query head's bits are its own: with others that share its keys or without."""
+    skip_what_cuda_lacks(device, dtype, 64)
+    q, k, v, starts = packed([700, 33], 8, 2, 64, dtype, device)
+    whole = attention(q, k, v, starts=starts)
+    for head in (0, 3, 4, 7):
+        shared = head // 4
+        one = attention(q[:, head : head + 1], k[:, shared : shared + 1], v[:, shared : shared + 1], starts=starts)
+        assert torch.equal(one[:, 0], whole[:, head])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_rows_without_a_mask(causal, device):
+    """Without causality, too, sequences are computed alike wherever they stand."""
+    lengths = [129, 513, 31]
+    q, k, v, starts = packed(lengths, 7, 1, 64, torch.bfloat16, device)
+    out, lse = attention(q, k, v, starts=starts, causal=causal, return_lse=True)
+    middle = [x[129:642] for x in (q, k, v)]
+    one, one_lse = attention(*middle, starts=starts_of([513], device), causal=causal, return_lse=True)
+    assert torch.equal(out[129:642], one)
+    assert torch.equal(lse[:, 129:642], one_lse)
