@@ -179,21 +179,32 @@ class Decoder(nn.Module):
         ids: torch.Tensor,
         starts: torch.Tensor,
         longest: int,
+        rows: torch.Tensor,
         labels: torch.Tensor,
-        temperatures: torch.Tensor | float = 1.0,
+        temperatures: torch.Tensor,
         chunk_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Natural log-probability, fp32 [tokens], of labels[i] (int64; -100: none, 0) after ids[i], of sequences packed
-        as in `packed_hidden`, at `temperatures` (one, or fp32 [tokens]). Differentiable; logits are never kept.
+        """Natural log-probability, fp32 [N], of labels[i] after token rows[i] (both int64 [N]) of sequences packed as in
+        `packed_hidden`, at temperatures[i] (fp32 [N]). Differentiable; logits are never kept.
 
-        These are the bits that `generate.rollout` gives for the same tokens, in precision "fp8" on either device.
+        In precision "fp8" these are the bits that `generate.rollout` gives for the same tokens.
         """
-        if labels.shape != ids.shape:
-            raise ValueError(f"labels: expected the shape of ids {tuple(ids.shape)}, got {tuple(labels.shape)}")
-        if not torch.is_tensor(temperatures):
-            temperatures = torch.full(ids.shape, temperatures, dtype=torch.float32, device=ids.device)
-        hidden = self.packed_hidden(ids, starts, longest)
+        if not rows.shape == labels.shape == temperatures.shape:
+            shapes = [tuple(x.shape) for x in (rows, labels, temperatures)]
+            raise ValueError(f"rows, labels, temperatures: expected one shape [N], got {shapes}")
+        hidden = self.packed_hidden(ids, starts, longest)[rows]
         return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, chunk_tokens)
+
+    def in_precision(self, precision: Precision) -> Decoder:
+        """A decoder of the same parameters (not copies) that computes in another precision."""
+        with torch.device("meta"):
+            other = Decoder(self.config, precision, self.checkpoint_layers)
+        for name, parameter in self.named_parameters():
+            module, _, leaf = name.rpartition(".")
+            setattr(other.get_submodule(module), leaf, parameter)
+        other.tie_weights()
+        other._frequency = self._frequency
+        return other.train(self.training)
 
     def hidden(
         self,

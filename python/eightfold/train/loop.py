@@ -104,11 +104,12 @@ def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = 
     with distributed.start(config.device) as world, _determinism(config):
         torch.manual_seed(config.seed)
         if model is None:
-            model, tokenizer = _load(config.model, world.device)
+            model, tokenizer = load_model(config.model, world.device)
         return _Run(config, model, tokenizer, world, name).run()
 
 
-def _load(config: ModelConfig, device: torch.device) -> tuple[nn.Module, Any]:
+def load_model(config: ModelConfig, device: torch.device) -> tuple[nn.Module, Any]:
+    """The Decoder that ``config`` names and its tokenizer."""
     from eightfold.models.loading import load_decoder, new_decoder
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parameters]

@@ -1,9 +1,9 @@
 """The configuration of a reinforcement learning run, read as ``train.config`` reads its own."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from eightfold.train import sections
 from eightfold.train.config import ModelConfig, OptimizerConfig
@@ -12,6 +12,19 @@ from eightfold.train.rl.objective import ObjectiveOptions
 from eightfold.train.rl.rewards import RewardOptions
 from eightfold.train.rl.tasks import PromptOptions, TaskOptions
 from eightfold.train.sections import Section
+
+
+class RolloutConfig(Section):
+    """How completions are drawn. Log-probabilities are those at ``temperature`` before top_k and top_p."""
+
+    precision: Literal["same", "fp8"] = Field("same", description="same: what training computes in; fp8: FP8 products")
+    temperature: PositiveFloat = 1.0
+    top_k: int = Field(0, ge=0, description="0: all")
+    top_p: float = Field(1.0, gt=0, le=1)
+    stop: list[str] = Field([], description="strings that end a completion, beside the model's end token")
+    cache_tokens: PositiveInt = Field(65536, description="keys and values that the cache holds, of all sequences")
+    page_size: PositiveInt = Field(64, multiple_of=16, description="tokens of a page")
+    sequences: PositiveInt = Field(256, description="completions under way at once, at most")
 
 
 class RlConfig(Section):
@@ -28,7 +41,20 @@ class RlConfig(Section):
     prompts_per_step: PositiveInt = Field(8, description="prompts a step, over all processes")
     samples_per_prompt: PositiveInt = Field(8, description="completions of one prompt: a group")
     max_new_tokens: PositiveInt = Field(256, description="longest completion")
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    updates_per_step: PositiveInt = Field(
+        1, description="optimizer steps on the completions of a step, each on a share"
+    )
+    micro_batch_tokens: PositiveInt = Field(16384, description="tokens of a forward and backward pass, about")
+    output: str = Field("run", description="folder for logs, pictures and checkpoints")
+    steps: PositiveInt = 100
     seed: int = Field(0, ge=0, lt=1 << 32)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    checkpoint_every: int = Field(0, ge=0, description="steps between checkpoints; 0: none between")
+    checkpoint_at_end: bool = True
+    keep_last: PositiveInt = Field(2, description="checkpoints kept")
+    tensorboard: bool = Field(True, description="write TensorBoard logs where the package is installed")
+    resume: str | None = Field(None, description="'latest' in the output folder, or a checkpoint folder")
 
     @model_validator(mode="after")
     def _agrees(self) -> "RlConfig":
