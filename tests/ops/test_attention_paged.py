@@ -77,16 +77,12 @@ def test_store_writes_the_bytes_of_the_reference(dtype, codes, device):
     slots = ours.slots(0, 0, 90)
     slots[[0, 41]] = -1
     slots[88] = -(2**40)
-    expected = [t if t is None else t.clone() for t in ours.tensors]
-    for k, v in (
-        (wide[:, :3], wide[:, 3:]),
-        (wide.transpose(0, 1).contiguous().transpose(0, 1)[:, ::2], wide[:, 1::2]),
-    ):
+    expected = [t if t is None else t.clone().cpu() for t in ours.tensors]
+    spread = wide.transpose(0, 1).contiguous().transpose(0, 1)
+    for k, v in ((wide[:, :3], wide[:, 3:]), (spread[:, ::2], spread[:, 1::2])):
         assert ops.paged_store_(k, v, *ours.tensors, slots) is None
-        reference.paged_store_(k.cpu(), v.cpu(), *(t if t is None else t.cpu() for t in expected), slots.cpu())
-        if device.type == "cuda":
-            continue
-        assert_same(tuple(t for t in ours.tensors if t is not None), tuple(t for t in expected if t is not None))
+        reference.paged_store_(k.cpu(), v.cpu(), *expected, slots.cpu())
+        assert_same(*(tuple(t.cpu() for t in made if t is not None) for made in (ours.tensors, expected)))
     untouched = torch.ones(ours.k_pages.shape[0] * 16, dtype=torch.bool, device=device)
     untouched[slots[slots >= 0]] = False
     assert ours.k_pages.transpose(1, 2).flatten(0, 1)[untouched].isnan().all()
