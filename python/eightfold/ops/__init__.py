@@ -2,7 +2,7 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
-from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
+from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
     add_rms_norm_quantize,
@@ -35,6 +35,7 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gemm",
     "gemm_plan",
     "quantize",
     "quantize_beside",
