@@ -1,4 +1,6 @@
-// fp8_gemm and fp8_gemm_accumulate_: every check of both devices, allocation, dispatch.
+// fp8_gemm, fp8_gemm_accumulate_ and gemm: every check of both devices, allocation, dispatch.
+#include "gemm/gemm.h"
+
 #include "bindings/common.h"
 #include "gemm/fp8_gemm.h"
 
@@ -120,17 +122,62 @@ void fp8_gemm_accumulate_(const Tensor& out, const Tensor& a, const Tensor& a_sc
   launch(args, a);
 }
 
+// Rows [rows, k], k contiguous, each starting at a multiple of 16 bytes.
+void check_rows(const Tensor& t, int64_t elements_of_16_bytes, const char* op, const char* argument) {
+  check_last_dim_contiguous(t, op, argument);
+  EF_CHECK(t.size(0) <= 1 || t.size(1) == 0 || (t.stride(0) >= t.size(1) && t.stride(0) % elements_of_16_bytes == 0), op, ": ", argument,
+           " must have rows at a multiple of 16 bytes from each other, got shape ", shape_of(t), " with strides ", strides_of(t));
+  check_aligned(t, 16, op, argument);
+}
+
+Tensor gemm(const Tensor& a, const Tensor& b, ScalarType out_dtype) {
+  const char* op = "gemm";
+  check_rank(a, 2, op, "a");
+  check_rank(b, 2, op, "b");
+  if (a.is_cuda())
+    check_dtype(a, {ScalarType::BFloat16}, op, "a (on CUDA)");
+  else
+    check_dtype(a, {ScalarType::BFloat16, ScalarType::Float}, op, "a");
+  EF_CHECK(b.scalar_type() == a.scalar_type(), op, ": b must have the dtype of a, ", name_of(a.scalar_type()), ", got ",
+           name_of(b.scalar_type()));
+  EF_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Float, op, ": out_dtype must be float32 or bfloat16, got ",
+           name_of(out_dtype));
+  check_same_device(b, a, op, "b");
+  const int64_t m = a.size(0), n = b.size(0), k = a.size(1);
+  EF_CHECK(b.size(1) == k, op, ": a and b must have the same second dimension, got shapes ", shape_of(a), " and ", shape_of(b));
+  EF_CHECK(k % 8 == 0, op, ": the second dimension of a and b must be a multiple of 8, got ", k);
+  EF_CHECK(n % 8 == 0, op, ": b must have a multiple of 8 rows, got shape ", shape_of(b));
+  const int64_t unit = a.scalar_type() == ScalarType::Float ? 4 : 8;
+  check_rows(a, unit, op, "a");
+  check_rows(b, unit, op, "b");
+  Tensor out = empty({m, n}, out_dtype, a);
+  const auto stride = [](const Tensor& t) { return t.size(0) > 1 && t.size(1) > 0 ? t.stride(0) : t.size(1); };
+  const GemmArgs args{
+      a.data_ptr(), b.data_ptr(), dtype_of(a, op, "a"), out.data_ptr(), dtype_of(out, op, "out"), m, n, k, stride(a), stride(b), n};
+#if defined(EIGHTFOLD_WITH_CUDA)
+  if (a.is_cuda()) {
+    OnDeviceOf device(a);
+    if (m > 0 && n > 0) gemm_sm90(args, current_stream(a));
+    return out;
+  }
+#endif
+  gemm_cpu(args);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
   m.impl("fp8_gemm", EF_BOX(&fp8_gemm));
   m.impl("fp8_gemm_accumulate_", EF_BOX(&fp8_gemm_accumulate_));
+  m.impl("gemm", EF_BOX(&gemm));
 }
 
 #if defined(EIGHTFOLD_WITH_CUDA)
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
   m.impl("fp8_gemm", EF_BOX(&fp8_gemm));
   m.impl("fp8_gemm_accumulate_", EF_BOX(&fp8_gemm_accumulate_));
+  m.impl("gemm", EF_BOX(&gemm));
 }
 #endif
 

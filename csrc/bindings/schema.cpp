@@ -64,6 +64,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128, Tensor? bias=None, ScalarType "
       "out_dtype=bfloat16) -> Tensor");
   m.def("fp8_gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128) -> ()");
+  m.def("gemm(Tensor a, Tensor b, ScalarType out_dtype=float32) -> Tensor");
 
   // optim: 8-bit states with dynamic range expansion
   m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");

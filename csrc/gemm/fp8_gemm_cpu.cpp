@@ -1,11 +1,9 @@
 // Chooses the kernel for this processor; holds the kernel for any other one.
 #include "gemm/fp8_gemm_cpu.h"
 
-#include <cstdlib>
-#include <memory>
-#include <new>
+#include "core/cpu_isa.h"
+#include "gemm/isa_portable.h"
 #if defined(__linux__)
-#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
@@ -16,47 +14,11 @@ void fp8_gemm_cpu_avx2(const Fp8GemmArgs& args);
 void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args);
 void fp8_gemm_cpu_amx(const Fp8GemmArgs& args);
 
-float* fp8_gemm_cpu_scratch(Fp8GemmScratch slot, int64_t floats) {
-  constexpr int64_t kHugePage = 2 << 20;  // the shared buffers are walked with strides that miss small pages' translations
-  struct Free {
-    void operator()(float* p) const { std::free(p); }
-  };
-  struct Buffer {
-    std::unique_ptr<float, Free> memory;
-    int64_t floats = 0;
-  };
-  thread_local Buffer buffers[static_cast<int>(Fp8GemmScratch::count)];
-  Buffer& buffer = buffers[static_cast<int>(slot)];
-  if (buffer.floats < floats) {
-    buffer.memory.reset();
-    buffer.floats = 0;
-    int64_t page = floats * 4 < kHugePage / 2 ? 4096 : kHugePage;
-    int64_t bytes = round_up(floats * 4, page);
-    buffer.memory.reset(static_cast<float*>(std::aligned_alloc(page, bytes)));
-    if (!buffer.memory) throw std::bad_alloc();
-#if defined(__linux__)
-    if (page == kHugePage) madvise(buffer.memory.get(), bytes, MADV_HUGEPAGE);
-#endif
-    buffer.floats = bytes / 4;
-  }
-  return buffer.memory.get();
-}
-
 namespace {
 
-// Four lanes, which every 64-bit processor has; products and sums are rounded separately.
-struct Portable {
-  typedef float Vec __attribute__((vector_size(16), aligned(4), may_alias));
-  static constexpr int kLanes = 4, kVecs = 4, kMr = 2;
-  static constexpr int64_t kDepth = 4, kRowBlock = 64;
+struct PortableCodes {
+  using Isa = Portable;
   static constexpr float kUnit = 1.0f;
-
-  static Vec zero() { return Vec{}; }
-  static Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-  static void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-  static Vec broadcast(const float* p) { return Vec{*p, *p, *p, *p}; }
-  static Vec add(Vec a, Vec b) { return a + b; }
-  static Vec multiply_add(Vec a, Vec b, Vec c) { return a * b + c; }
 
   static void decode(const uint8_t* codes, int64_t ld, int rows, const float* scales, float* dst, int stride) {
     for (int r = 0; r < rows; ++r)
@@ -66,19 +28,14 @@ struct Portable {
     decode(codes, ld, rows, scales, dst, rows);
   }
   static void decode_b(const uint8_t* codes, int64_t ld, int columns, const float* scales, float* dst) {
-    decode(codes, ld, columns, scales, dst, kLanes * kVecs);
+    decode(codes, ld, columns, scales, dst, Isa::kLanes * Isa::kVecs);
   }
 };
 
-void fp8_gemm_cpu_portable(const Fp8GemmArgs& args) { Fp8GemmCpu<Portable>::run(args); }
+void fp8_gemm_cpu_portable(const Fp8GemmArgs& args) { BlockedGemm<Fp8Operands<PortableCodes>>::run(args); }
 
 bool always() { return true; }
 #if defined(__x86_64__)
-bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }
-bool has_avx512() {
-  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
-}
 // Linux lends the tile registers on request, once for all threads of a process; it refuses where it does not save them.
 bool has_amx() {
 #if defined(__linux__)

@@ -258,8 +258,8 @@ void finish(const Fp8GemmArgs& args, const Sums& sums, int64_t row_panel, int64_
 // --- blocking ---
 
 template <class T>
-T* scratch(Fp8GemmScratch slot, int64_t count) {
-  return reinterpret_cast<T*>(fp8_gemm_cpu_scratch(slot, count * static_cast<int64_t>(sizeof(T) / sizeof(float))));
+T* scratch(GemmScratch slot, int64_t count) {
+  return reinterpret_cast<T*>(gemm_cpu_scratch(slot, count * static_cast<int64_t>(sizeof(T) / sizeof(float))));
 }
 
 // Row panels [begin, end) times one column panel over `depth` of k from one block on; `a` and `sums` start at row panel `begin`.
@@ -273,9 +273,9 @@ void multiply_few_rows(const Fp8GemmArgs& args) {
   int64_t row_panels = ceil_div(args.m, kSide), column_panels = ceil_div(args.n, kSide), blocks = ceil_div(args.k, kBlock);
   parallel_for(column_panels, 1 + 512 / args.k, [&](int64_t begin, int64_t end) {
     TileScope tiles;
-    Panel* a = scratch<Panel>(Fp8GemmScratch::a, row_panels * blocks);
-    Panel* b = scratch<Panel>(Fp8GemmScratch::b, kInnerDepth);
-    Sums* sums = scratch<Sums>(Fp8GemmScratch::c, row_panels);
+    Panel* a = scratch<Panel>(GemmScratch::a, row_panels * blocks);
+    Panel* b = scratch<Panel>(GemmScratch::b, kInnerDepth);
+    Sums* sums = scratch<Sums>(GemmScratch::c, row_panels);
     for (int64_t p = 0; p < row_panels; ++p) pack_a(args, p, 0, blocks, a + p * blocks);
     for (int64_t p = begin; p < end; ++p) {
       for (int64_t g = 0; g < blocks; g += kInnerDepth) {
@@ -296,10 +296,10 @@ void multiply_many_rows(const Fp8GemmArgs& args) {
   int64_t row_blocks = ceil_div(row_panels, row_block(args.m));
   // Equal chunks.
   int64_t most_panels = ceil_div(all_panels, ceil_div(all_panels, kPanelChunk));
-  int64_t most_blocks = ceil_div(all_blocks, ceil_div(all_blocks, kDepthChunk));
+  int64_t most_blocks = ceil_div(all_blocks, ceil_div(all_blocks, kDepthChunk / kBlock));
   bool one_pass = most_blocks == all_blocks;
-  Panel* packed = scratch<Panel>(Fp8GemmScratch::shared_b, (row_panels + most_panels) * most_blocks);
-  Sums* workspace = one_pass ? nullptr : scratch<Sums>(Fp8GemmScratch::shared_c, row_panels * most_panels);
+  Panel* packed = scratch<Panel>(GemmScratch::shared_b, (row_panels + most_panels) * most_blocks);
+  Sums* workspace = one_pass ? nullptr : scratch<Sums>(GemmScratch::shared_c, row_panels * most_panels);
   for (int64_t panel = 0; panel < all_panels; panel += most_panels) {
     int64_t panels = smaller(most_panels, all_panels - panel);
     for (int64_t block = 0; block < all_blocks; block += most_blocks) {
@@ -313,7 +313,7 @@ void multiply_many_rows(const Fp8GemmArgs& args) {
       });
       parallel_for(row_blocks * panels, 1, [&](int64_t begin, int64_t end) {
         TileScope tiles;
-        Sums* own = one_pass ? scratch<Sums>(Fp8GemmScratch::c, row_block(args.m)) : nullptr;
+        Sums* own = one_pass ? scratch<Sums>(GemmScratch::c, row_block(args.m)) : nullptr;
         for (int64_t at = begin; at < end; ++at) {
           int64_t rb = at / panels, p = at % panels;
           int64_t row = rb * row_panels / row_blocks, row_end = (rb + 1) * row_panels / row_blocks;

@@ -1,23 +1,16 @@
-// AVX2 + FMA + F16C: tiles of 6 rows by 16 columns, 12 of 16 registers accumulate.
+// Decodes with F16C on AVX2.
 #if defined(__x86_64__)
 #include "gemm/fp8_gemm_cpu.h"
 #include "gemm/fp8_gemm_cpu_x86.h"
+#include "gemm/isa_avx2.h"
 
 namespace eightfold {
 namespace {
 
-struct Avx2 {
-  using Vec = __m256;
-  static constexpr int kLanes = 8, kVecs = 2, kMr = 6;
-  static constexpr int64_t kDepth = 5, kRowBlock = 172;
+struct Avx2Codes {
+  using Isa = Avx2;
+  using Vec = Isa::Vec;
   static constexpr float kUnit = 256.0f;
-
-  static Vec zero() { return _mm256_setzero_ps(); }
-  static Vec load(const float* p) { return _mm256_loadu_ps(p); }
-  static void store(float* p, Vec v) { _mm256_storeu_ps(p, v); }
-  static Vec broadcast(const float* p) { return _mm256_broadcast_ss(p); }
-  static Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
-  static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
   static EF_INLINE Vec dequantise(__m128i half, Vec scales) { return _mm256_mul_ps(_mm256_cvtph_ps(half), scales); }
 
@@ -39,7 +32,7 @@ struct Avx2 {
       for (int r = 0; r < 8; ++r) x[r] = load_codes(codes + (r < rows ? r : 0) * ld + k, __m128i{});
       bool nan = holds_nan(x);
       transpose_codes(x);
-      nan ? write_a<true>(x, load(scales), dst, rows) : write_a<false>(x, load(scales), dst, rows);
+      nan ? write_a<true>(x, Isa::load(scales), dst, rows) : write_a<false>(x, Isa::load(scales), dst, rows);
     }
   }
 
@@ -67,14 +60,14 @@ struct Avx2 {
         bool nan = holds_nan(x);
         transpose_codes(x);
         float* at = dst + k * 16 + half;
-        nan ? write_b<true>(x, load(scales + half), at) : write_b<false>(x, load(scales + half), at);
+        nan ? write_b<true>(x, Isa::load(scales + half), at) : write_b<false>(x, Isa::load(scales + half), at);
       }
   }
 };
 
 }  // namespace
 
-void fp8_gemm_cpu_avx2(const Fp8GemmArgs& args) { Fp8GemmCpu<Avx2>::run(args); }
+void fp8_gemm_cpu_avx2(const Fp8GemmArgs& args) { BlockedGemm<Fp8Operands<Avx2Codes>>::run(args); }
 
 }  // namespace eightfold
 #endif

@@ -1,23 +1,16 @@
-// AVX-512: tiles of 14 rows by 32 columns, 28 of 32 registers accumulate.
+// Decodes with F16C on AVX-512.
 #if defined(__x86_64__)
 #include "gemm/fp8_gemm_cpu.h"
 #include "gemm/fp8_gemm_cpu_x86.h"
+#include "gemm/isa_avx512.h"
 
 namespace eightfold {
 namespace {
 
-struct Avx512 {
-  using Vec = __m512;
-  static constexpr int kLanes = 16, kVecs = 2, kMr = 14;
-  static constexpr int64_t kDepth = 4, kRowBlock = 168;
+struct Avx512Codes {
+  using Isa = Avx512;
+  using Vec = Isa::Vec;
   static constexpr float kUnit = 256.0f;
-
-  static Vec zero() { return _mm512_setzero_ps(); }
-  static Vec load(const float* p) { return _mm512_loadu_ps(p); }
-  static void store(float* p, Vec v) { _mm512_storeu_ps(p, v); }
-  static Vec broadcast(const float* p) { return _mm512_set1_ps(*p); }
-  static Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
-  static Vec multiply_add(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
   // Register i holds k = i and k = i + 16.
   template <bool kIsA, bool kNaN>
@@ -43,7 +36,7 @@ struct Avx512 {
       for (int r = 0; r < 16; ++r) x[r] = load_codes(codes + (r < rows ? r : 0) * ld + k, __m256i{});
       bool nan = holds_nan(x);
       transpose_codes(x);
-      nan ? write<kIsA, true>(x, load(scales), dst, stride) : write<kIsA, false>(x, load(scales), dst, stride);
+      nan ? write<kIsA, true>(x, Isa::load(scales), dst, stride) : write<kIsA, false>(x, Isa::load(scales), dst, stride);
     }
   }
 
@@ -57,7 +50,7 @@ struct Avx512 {
 
 }  // namespace
 
-void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args) { Fp8GemmCpu<Avx512>::run(args); }
+void fp8_gemm_cpu_avx512(const Fp8GemmArgs& args) { BlockedGemm<Fp8Operands<Avx512Codes>>::run(args); }
 
 }  // namespace eightfold
 #endif

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eightfold.ops import gemm, quant
+from eightfold import reference
+from eightfold.ops import fp8_gemm, fp8_gemm_accumulate_, quant
 from eightfold.ops.quant import QuantizedTensor
-from eightfold.reference import gemm as reference
 from eightfold.reference import quant as reference_quant
 from products import BF16_ERROR, FP32_ERROR, error, exact, on_device, operand, strided_copy
 
@@ -31,9 +31,9 @@ def test_forward(device, shape):
     a = operand(m, k, (1, 128), device)
     b = operand(n, k, (128, 128), device)
     bias = torch.randn(n, device=device)
-    assert error(gemm.fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
-    assert error(gemm.fp8_gemm(a, b, bias, torch.float32), exact(a, b, bias)) < FP32_ERROR[device.type]
-    out = gemm.fp8_gemm(a, b, bias.bfloat16())
+    assert error(fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
+    assert error(fp8_gemm(a, b, bias, torch.float32), exact(a, b, bias)) < FP32_ERROR[device.type]
+    out = fp8_gemm(a, b, bias.bfloat16())
     assert out.dtype == torch.bfloat16
     assert out.is_contiguous()
     assert error(out, exact(a, b, bias.bfloat16())) < BF16_ERROR[device.type]
@@ -47,20 +47,20 @@ def test_weight_gradient(device, shape):
     m, n, k = shape
     a, b = operand(m, k, "cols", device), operand(n, k, "cols", device)
     assert b.group == (1, 128)
-    assert error(gemm.fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
+    assert error(fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
     out = torch.randn(m, n, device=device)
     expected = out.cpu().double() + exact(a, b)
-    assert gemm.fp8_gemm_accumulate_(out, a, b) is out
+    assert fp8_gemm_accumulate_(out, a, b) is out
     assert error(out, expected) < FP32_ERROR[device.type]
 
 
 def test_accumulate_adds_the_product_once(device):
     """Small products on a large sum: adding every block of K to ``out`` would round 32 times instead of once."""
     a, b = operand(40, 4096, (1, 128), device), operand(48, 4096, (128, 128), device)
-    product = gemm.fp8_gemm(a, b, out_dtype=torch.float32)
+    product = fp8_gemm(a, b, out_dtype=torch.float32)
     start = torch.full((40, 48), 1e4 * float(product.abs().max()), device=device)
     out = start.clone()
-    gemm.fp8_gemm_accumulate_(out, a, b)
+    fp8_gemm_accumulate_(out, a, b)
     assert torch.equal(out, start + product)
 
 
@@ -69,7 +69,7 @@ def test_transposed_weight(device):
     w = torch.randn(208, 400)
     weight = on_device(QuantizedTensor(*reference_quant.quantize(w, [128, 128]), (128, 128)), device)
     dy = operand(50, 208, (1, 128), device)
-    out = gemm.fp8_gemm(dy, quant.transpose(weight), out_dtype=torch.float32)
+    out = fp8_gemm(dy, quant.transpose(weight), out_dtype=torch.float32)
     values = (
         reference_quant.dequantize(*(t.cpu() for t in (q.codes, q.scales)), list(q.group), torch.float32).double()
         for q in (dy, weight)
@@ -81,7 +81,7 @@ def test_transposed_weight(device):
 @pytest.mark.parametrize("mean", [0.0, 1.0])
 def test_long_sums(device, mean):
     a, b = operand(5, 32768, (1, 128), device, mean), operand(48, 32768, (128, 128), device, mean)
-    assert error(gemm.fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
+    assert error(fp8_gemm(a, b, out_dtype=torch.float32), exact(a, b)) < FP32_ERROR[device.type]
 
 
 @pytest.mark.parametrize("k", [128, 4096, 32768])
@@ -92,14 +92,14 @@ def test_accuracy_on_normal_data(device, k, b_group):
     b = on_device(QuantizedTensor(*reference_quant.quantize(torch.randn(256, k), list(b_group)), b_group), device)
     expected = exact(a, b)
     limit = 2e-4 if device.type == "cuda" else 1e-5
-    assert error(gemm.fp8_gemm(a, b, out_dtype=torch.float32), expected) < limit
-    assert error(gemm.fp8_gemm(a, b), expected) < 1.75e-3
+    assert error(fp8_gemm(a, b, out_dtype=torch.float32), expected) < limit
+    assert error(fp8_gemm(a, b), expected) < 1.75e-3
 
 
 def test_rounding_has_no_bias(device):
     """bf16 results are the float32 ones rounded to nearest: above and below equally often."""
     a, b = operand(256, 256, (1, 128), device), operand(256, 256, (128, 128), device)
-    wide, narrow = gemm.fp8_gemm(a, b, out_dtype=torch.float32), gemm.fp8_gemm(a, b)
+    wide, narrow = fp8_gemm(a, b, out_dtype=torch.float32), fp8_gemm(a, b)
     assert torch.equal(wide.bfloat16(), narrow)
     assert error(narrow, wide.cpu().double()) < 1.75e-3
     above = ((narrow.float() - wide) * wide.sign()).sign().mean()
@@ -111,9 +111,9 @@ def test_empty(device, shape):
     m, n, k = shape
     a, b = operand(m, k, (1, 128), device), operand(n, k, (128, 128), device)
     bias = torch.randn(n, device=device)
-    assert torch.equal(gemm.fp8_gemm(a, b, bias, torch.float32), bias.expand(m, n))
+    assert torch.equal(fp8_gemm(a, b, bias, torch.float32), bias.expand(m, n))
     out = torch.ones(m, n, device=device)
-    gemm.fp8_gemm_accumulate_(out, a, b)
+    fp8_gemm_accumulate_(out, a, b)
     assert torch.equal(out, torch.ones(m, n, device=device))
 
 
@@ -124,7 +124,7 @@ def test_rows_apart(device):
     part = QuantizedTensor(wide.codes[:, 128:384], wide.scales[:, 1:3], (1, 128))
     b = operand(48, 256, (128, 128), device)
     assert not part.codes.is_contiguous()
-    assert error(gemm.fp8_gemm(part, b, out_dtype=torch.float32), exact(part, b)) < FP32_ERROR[device.type]
+    assert error(fp8_gemm(part, b, out_dtype=torch.float32), exact(part, b)) < FP32_ERROR[device.type]
 
 
 # opcheck's test_schema computes with the inputs, which torch cannot do in FP8.
@@ -149,8 +149,8 @@ def test_inputs_stay_as_they_were(device):
         t.view(torch.uint8) if t.dtype == torch.float8_e4m3fn else t for q in (a, b) for t in (q.codes, q.scales)
     ]
     before = [t.clone() for t in tensors]
-    gemm.fp8_gemm(a, b)
-    gemm.fp8_gemm_accumulate_(torch.zeros(33, 48, device=device), a, b)
+    fp8_gemm(a, b)
+    fp8_gemm_accumulate_(torch.zeros(33, 48, device=device), a, b)
     assert all(torch.equal(t, c) for t, c in zip(tensors, before, strict=True))
 
 
@@ -159,9 +159,9 @@ def test_compile_with_dynamic_shapes(device):
 
     def step(x, grad):
         rows = quant.quantize(x, (1, 128))
-        y = gemm.fp8_gemm(rows, weight)
+        y = fp8_gemm(rows, weight)
         dy_cols, x_cols = (quant.quantize(t, (128, 1)) for t in (y, x))
-        gemm.fp8_gemm_accumulate_(grad, dy_cols.t(), x_cols.t())
+        fp8_gemm_accumulate_(grad, dy_cols.t(), x_cols.t())
         return y
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
@@ -179,8 +179,8 @@ def test_graph_capture():
     out = torch.zeros(100, 272, device="cuda")
 
     def work():
-        gemm.fp8_gemm_accumulate_(out, a, b)
-        return gemm.fp8_gemm(a, b)
+        fp8_gemm_accumulate_(out, a, b)
+        return fp8_gemm(a, b)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -193,8 +193,8 @@ def test_graph_capture():
     a.scales.copy_(other.scales)
     out.zero_()
     graph.replay()
-    assert torch.equal(captured, gemm.fp8_gemm(other, b))
-    assert torch.equal(out, gemm.fp8_gemm(other, b, out_dtype=torch.float32))
+    assert torch.equal(captured, fp8_gemm(other, b))
+    assert torch.equal(out, fp8_gemm(other, b, out_dtype=torch.float32))
 
 
 def test_reference_agrees(device):

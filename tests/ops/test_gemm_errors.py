@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eightfold.ops import gemm
+from eightfold.ops import fp8_gemm
 from eightfold.ops.quant import QuantizedTensor
 from products import operand
 
@@ -68,13 +68,13 @@ def test_errors_name_the_argument(device, call, message):
 def test_groups_are_checked(device):
     rows, weight = operand(16, 256, (1, 128), device), operand(16, 256, (128, 128), device)
     with pytest.raises(ValueError, match=r"fp8_gemm: a.group must be \(1, 128\), got \(128, 128\)"):
-        gemm.fp8_gemm(weight, weight)
+        fp8_gemm(weight, weight)
     with pytest.raises(ValueError, match=r"fp8_gemm: b.group must be \(128, 128\) or \(1, 128\), got \(128, 1\)"):
-        gemm.fp8_gemm(rows, QuantizedTensor(rows.codes, rows.scales, (128, 1)))
+        fp8_gemm(rows, QuantizedTensor(rows.codes, rows.scales, (128, 1)))
 
 
 @pytest.mark.gpu
 def test_operands_on_two_devices():
     a, b = operand(6, 256, (1, 128), "cuda"), operand(32, 256, (128, 128), "cpu")
     with pytest.raises(RuntimeError, match="b is on cpu but the first argument is on cuda:0"):
-        gemm.fp8_gemm(a, b)
+        fp8_gemm(a, b)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eightfold.ops import gemm
+from eightfold.ops import fp8_gemm
 from eightfold.ops.quant import QuantizedTensor
 from eightfold.reference import quant as reference_quant
 from products import error, exact, on_device, operand
@@ -19,7 +19,7 @@ def test_rows_do_not_depend_on_the_batch(device, n, k, out_dtype):
 
     def product(x):
         codes, scales = reference_quant.quantize(x, [1, 128])
-        return gemm.fp8_gemm(on_device(QuantizedTensor(codes, scales, (1, 128)), device), b, bias, out_dtype)
+        return fp8_gemm(on_device(QuantizedTensor(codes, scales, (1, 128)), device), b, bias, out_dtype)
 
     whole = product(rows)
     for start, count in (
@@ -48,19 +48,19 @@ def test_every_tile_gives_the_same_bits(b_group):
     """
     n, k = 2176, 1024
     a, b = operand(5642, k, (1, 128), "cuda"), operand(n, k, b_group, "cuda")
-    whole = gemm.fp8_gemm(a, b, out_dtype=torch.float32)
+    whole = fp8_gemm(a, b, out_dtype=torch.float32)
     for count in (129, 300, 462, 512, 906, 1024, 1313, 1424, 1536, 3001, 3072):
         part = QuantizedTensor(a.codes[:count], a.scales[:count], (1, 128))
-        assert torch.equal(gemm.fp8_gemm(part, b, out_dtype=torch.float32), whole[:count]), count
+        assert torch.equal(fp8_gemm(part, b, out_dtype=torch.float32), whole[:count]), count
 
 
 def test_columns_do_not_depend_on_their_neighbours(device):
     a, b = operand(37, 528, "cols", device), operand(700, 528, "cols", device)
-    whole = gemm.fp8_gemm(a, b, out_dtype=torch.float32)
+    whole = fp8_gemm(a, b, out_dtype=torch.float32)
     for start, count in ((0, 1), (4, 17), (128, 130), (656, 44)):
         stop = start + count
         part = QuantizedTensor(b.codes[start:stop], b.scales[start:stop], b.group)
-        assert torch.equal(gemm.fp8_gemm(a, part, out_dtype=torch.float32), whole[:, start:stop])
+        assert torch.equal(fp8_gemm(a, part, out_dtype=torch.float32), whole[:, start:stop])
 
 
 @pytest.mark.parametrize("m", [1, 40, 300])
@@ -71,7 +71,7 @@ def test_results_do_not_depend_on_threads(m):
         results = []
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append(gemm.fp8_gemm(a, b, out_dtype=torch.float32))
+            results.append(fp8_gemm(a, b, out_dtype=torch.float32))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(results[0], results[1])
@@ -87,11 +87,11 @@ def test_flushing_denormals_changes_nothing():
     b = QuantizedTensor(
         a.codes.view(torch.uint8).flip(1).contiguous().view(torch.float8_e4m3fn), torch.ones(1, 3), (128, 128)
     )
-    expected = gemm.fp8_gemm(a, b, out_dtype=torch.float32)
+    expected = fp8_gemm(a, b, out_dtype=torch.float32)
     assert error(expected, exact(a, b)) < 1e-5
     try:
         torch.set_flush_denormal(True)
-        assert torch.equal(gemm.fp8_gemm(a, b, out_dtype=torch.float32), expected)
+        assert torch.equal(fp8_gemm(a, b, out_dtype=torch.float32), expected)
     finally:
         torch.set_flush_denormal(False)
 
@@ -100,7 +100,7 @@ def test_flushing_denormals_changes_nothing():
 @pytest.mark.parametrize("code", [0x7F, 0xFF])
 def test_nan_reaches_its_row_or_column_only(device, m, code):
     a, b = operand(m, 400, (1, 128), device), operand(272, 400, (128, 128), device)
-    clean = gemm.fp8_gemm(a, b)
+    clean = fp8_gemm(a, b)
     for row, column in ((m - 1, None), (None, 271), (m // 2, 100)):
         broken_a, broken_b = on_device(a, "cpu"), on_device(b, "cpu")
         expected = torch.zeros(m, 272, dtype=torch.bool)
@@ -110,7 +110,7 @@ def test_nan_reaches_its_row_or_column_only(device, m, code):
         if column is not None:
             broken_b.codes.view(torch.uint8)[column, 130] = code
             expected[:, column] = True
-        out = gemm.fp8_gemm(on_device(broken_a, device), on_device(broken_b, device))
+        out = fp8_gemm(on_device(broken_a, device), on_device(broken_b, device))
         assert torch.equal(out.isnan().cpu(), expected)
         assert torch.equal(out[~expected.to(device)], clean[~expected.to(device)])
 
@@ -121,4 +121,4 @@ def test_nan_scale_reaches_its_group(device):
     b.scales[1, 3] = float("nan")
     expected = torch.zeros(20, 272, dtype=torch.bool)
     expected[3] = expected[:, 128:256] = True
-    assert torch.equal(gemm.fp8_gemm(a, b).isnan().cpu(), expected)
+    assert torch.equal(fp8_gemm(a, b).isnan().cpu(), expected)

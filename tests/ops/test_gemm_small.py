@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eightfold.ops import gemm, quant
+from eightfold.ops import fp8_gemm, fp8_gemm_accumulate_, quant
 from eightfold.ops.quant import QuantizedTensor
 from eightfold.reference import quant as reference_quant
 from products import on_device, operand
@@ -18,7 +18,7 @@ def test_few_rows_give_the_bits_of_many(device, n):
 
     def product(rows):
         a = QuantizedTensor(*reference_quant.quantize(rows.contiguous(), [1, 128]), (1, 128))
-        return gemm.fp8_gemm(on_device(a, device), b, bias)
+        return fp8_gemm(on_device(a, device), b, bias)
 
     whole = product(x)
     for m in (1, 8, 17, 64, 65, 100, 127, 128):
@@ -33,7 +33,7 @@ def test_every_count_of_groups(device, steps):
 
     def product(rows):
         a = QuantizedTensor(*reference_quant.quantize(rows.contiguous(), [1, 128]), (1, 128))
-        return gemm.fp8_gemm(on_device(a, device), b, out_dtype=torch.float32)
+        return fp8_gemm(on_device(a, device), b, out_dtype=torch.float32)
 
     whole = product(x)
     for m in (3, 40, 128):
@@ -54,9 +54,9 @@ def test_kernels_that_start_early_wait_for_what_they_read(m):
         total.zero_()
         y = x
         for i in range(24):
-            gemm.fp8_gemm_accumulate_(total, a, weights[i % 4])
+            fp8_gemm_accumulate_(total, a, weights[i % 4])
             pause()
-            y = gemm.fp8_gemm(quant.quantize(y, (1, 128)), weights[i % 4])
+            y = fp8_gemm(quant.quantize(y, (1, 128)), weights[i % 4])
             pause()
         return total, y
 
@@ -80,7 +80,7 @@ def test_rows_inside_a_large_product(n, k):
     b = quant.quantize(torch.randn(n, k, device="cuda").bfloat16(), (128, 128))
 
     def product(rows):
-        return gemm.fp8_gemm(quant.quantize(rows.bfloat16().contiguous(), (1, 128)), b)
+        return fp8_gemm(quant.quantize(rows.bfloat16().contiguous(), (1, 128)), b)
 
     whole = product(x)
     for m in (1, 64, 65, 128):
@@ -94,12 +94,12 @@ def test_three_streams_at_once():
     streams = [torch.cuda.Stream() for _ in range(3)]
     weights = [quant.quantize(torch.randn(4096, 2048, device="cuda").bfloat16(), (128, 128)) for _ in streams]
     rows = [quant.quantize(torch.randn(m, 2048, device="cuda").bfloat16(), (1, 128)) for m in (1, 64, 128)]
-    expected = [gemm.fp8_gemm(a, b) for a, b in zip(rows, weights, strict=True)]
+    expected = [fp8_gemm(a, b) for a, b in zip(rows, weights, strict=True)]
     torch.cuda.synchronize()
     results = [[] for _ in streams]
     for _ in range(20):
         for stream, a, b, many in zip(streams, rows, weights, results, strict=True):
             with torch.cuda.stream(stream):
-                many.append(gemm.fp8_gemm(a, b))
+                many.append(fp8_gemm(a, b))
     torch.cuda.synchronize()
     assert all(torch.equal(r, e) for many, e in zip(results, expected, strict=True) for r in many)

@@ -2,9 +2,9 @@
 
 import torch
 
+from eightfold import reference
 from eightfold.ops import _library, layouts  # noqa: F401
 from eightfold.ops.quant import QuantizedTensor
-from eightfold.reference import gemm as reference
 from eightfold.reference import quant as reference_quant
 
 # Relative Frobenius error. The tensor core keeps about 14 bits inside a block of 128; a CPU keeps 24.

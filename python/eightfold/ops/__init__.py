@@ -2,8 +2,12 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+<<<<<<< HEAD
 from eightfold.ops.attention import attention, paged_attention, paged_store_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
+=======
+from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
+>>>>>>> rl-sample
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
     add_rms_norm_quantize,
@@ -37,6 +41,7 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gemm",
     "gemm_plan",
     "paged_attention",
     "paged_store_",

@@ -1,7 +1,8 @@
-"""The FP8 matrix product: operands with one scale per 128 of K, sums promoted to float32 every 128 of K.
+"""Matrix products. FP8: operands with one scale per 128 of K, sums promoted to float32 every 128 of K.
 
 Source of the scheme: DeepSeek-V3 (arXiv 2412.19437, section 3.3.2). An output element depends on its own row of ``a``
 and row of ``b`` only, to the last bit: not on the number of rows, on the rows around it, on threads or on the run.
+``gemm`` promises the same for bfloat16 and float32.
 """
 
 import torch
@@ -84,6 +85,22 @@ def gemm_plan(m: int, n: int, k: int, *, b_group_rows: int = 128, sm_count: int 
     return _C.gemm_plan(m, n, k, b_group_rows, sm_count)
 
 
+def gemm(a: Tensor, b: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor:
+    """``a`` [M, K] @ ``b`` [N, K]^T -> [M, N] in ``out_dtype``, accumulated in float32 and rounded once.
+
+    Args:
+        a, b: both bfloat16, or both float32 (CPU only); last dimension contiguous, rows at multiples of 16 bytes. Any
+            M; N and K are multiples of 8.
+        out_dtype: torch.float32 or torch.bfloat16.
+
+    A row has the same bits whatever rows stand beside it, and for any number of threads: a head that scores one token
+    while it generates, and thousands while it trains, gives each token the same logits. No gradient: whoever calls it
+    in training writes the backward.
+    Raises RuntimeError for dtypes, sizes, layouts or devices that do not fit.
+    """
+    return _ops.gemm(a, b, out_dtype)
+
+
 @torch.library.register_fake("eightfold::fp8_gemm")
 def _(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
@@ -92,3 +109,8 @@ def _(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfl
 @torch.library.register_fake("eightfold::fp8_gemm_accumulate_")
 def _(out, a, a_scales, b, b_scales, b_group_rows=128):
     return None
+
+
+@torch.library.register_fake("eightfold::gemm")
+def _(a, b, out_dtype=torch.float32):
+    return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)

@@ -5,7 +5,7 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
-from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_
+from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
     add_rms_norm_quantize,
@@ -37,6 +37,7 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gemm",
     "paged_attention",
     "paged_store_",
     "quantize",

@@ -1,4 +1,4 @@
-"""The FP8 matrix product in plain torch: blocks of 128 along K in turn, each promoted to float32 with its scales."""
+"""Matrix products in plain torch. FP8: blocks of 128 along K in turn, each promoted to float32 with its scales."""
 
 import torch
 from torch import Tensor
@@ -43,3 +43,14 @@ def fp8_gemm_accumulate_(
 ) -> None:
     """``out`` [M, N] float32 += ``a`` @ ``b``^T."""
     out += _product(a, a_scales, b, b_scales, b_group_rows, torch.float32)
+
+
+def gemm(
+    a: Tensor, b: Tensor, out_dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """``a`` [M, K] @ ``b`` [N, K]^T, rounded once to ``out_dtype``: row by row, so that a row's bits are its own."""
+    weight = b.to(compute_dtype)
+    out = torch.empty(a.shape[0], b.shape[0], dtype=compute_dtype, device=a.device)
+    for i, row in enumerate(a.to(compute_dtype)):
+        out[i] = weight @ row
+    return out.to(out_dtype)
