@@ -84,6 +84,7 @@ Attention forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   args.tokens = q.size(0), args.heads = q.size(1), args.kv_heads = k.size(1), args.dim = q.size(2);
   args.starts = starts_of(starts, q, longest, op);
   args.sequences = starts.size(0) - 1, args.longest = longest;
+  EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
   args.causal = causal;
   return args;
@@ -202,11 +203,16 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   args.dtype = dtype_of(q, op, "q"), args.page_dtype = dtype_of(k_pages, op, "k_pages");
   args.tokens = q.size(0), args.heads = q.size(1), args.kv_heads = cache.kv_heads(), args.dim = q.size(2);
   args.page_count = cache.count(), args.page_size = cache.page_size();
+  EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
   Tensor out = empty(q.sizes(), q.scalar_type(), q);
   args.q = rows_of(q), args.out = rows_of(out);
 #ifdef EIGHTFOLD_WITH_CUDA
   if (q.is_cuda()) {
+    const int64_t size = args.page_size;
+    EF_CHECK(!cache.codes(), op, ": k_pages must be bfloat16 on CUDA, got float8_e4m3fn");
+    EF_CHECK(size % 128 == 0 || 128 % size == 0, op, ": k_pages must have pages of 16, 32, 64 or a multiple of 128 keys on CUDA, got ",
+             size);
     OnDeviceOf device(q);
     const Tensor workspace = empty({paged_attention_workspace_sm90(args)}, ScalarType::Byte, q);
     paged_attention_sm90(args, workspace.data_ptr(), current_stream(q));

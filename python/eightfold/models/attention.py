@@ -173,8 +173,8 @@ class PagedCache:
 class Paged:
     """Stores the keys and values of new rows in pages and attends the rows over all of their sequences' pages.
 
-    pages int32 [sequences, most_pages]; starts int32 [sequences + 1]; lengths int32 [sequences], keys with the new ones;
-    slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows.
+    pages int32 [sequences, most_pages]; starts int32 [sequences + 1]; lengths int32 [sequences], keys with the new
+    ones; slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows.
     """
 
     def __init__(

@@ -184,8 +184,8 @@ class Decoder(nn.Module):
         temperatures: torch.Tensor,
         chunk_tokens: int | None = None,
     ) -> torch.Tensor:
-        """Natural log-probability, fp32 [N], of labels[i] after token rows[i] (both int64 [N]) of sequences packed as in
-        `packed_hidden`, at temperatures[i] (fp32 [N]). Differentiable; logits are never kept.
+        """Natural log-probability, fp32 [N], of labels[i] after token rows[i] (both int64 [N]) of sequences packed as
+        in `packed_hidden`, at temperatures[i] (fp32 [N]). Differentiable; logits are never kept.
 
         In precision "fp8" these are the bits that `generate.rollout` gives for the same tokens.
         """

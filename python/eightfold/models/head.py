@@ -107,7 +107,7 @@ def token_loss(
 
 
 def row_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [rows, V] of hidden [rows, H] and weight [V, H] of one dtype; a row's bits depend on that row alone."""
+    """fp32 logits [rows, V] of hidden [rows, H] and weight [V, H] of one dtype; a row depends on that row alone."""
     return ops.gemm(hidden, weight, torch.float32)
 
 

@@ -2,12 +2,8 @@
 
 from eightfold.ops import _library
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
-<<<<<<< HEAD
 from eightfold.ops.attention import attention, paged_attention, paged_store_
-from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm_plan
-=======
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
->>>>>>> rl-sample
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
     add_rms_norm_quantize,

@@ -2,8 +2,8 @@
 2601.14243).
 
 Modes, by ``model.precision`` and ``rollout.precision``: bf16 and same; bf16 and fp8, whose rollout is another policy
-than the one trained; fp8 and same, the unified flow, in which the log-probabilities of rollout and training have the same
-bits.
+than the one trained; fp8 and same, the unified flow, in which the log-probabilities of rollout and training have the
+same bits.
 """
 
 from __future__ import annotations
