@@ -18,8 +18,8 @@ from functools import partial
 import torch
 
 import eightfold.optim
-from eightfold.models.config import DecoderConfig
 from eightfold.models.attention import Whole
+from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder, DecoderLayer
 from eightfold.models.precision import strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables

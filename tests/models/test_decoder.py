@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from eightfold.models import Decoder, DecoderConfig, load_decoder
+from eightfold.models.attention import Whole
 from eightfold.models.decoder import DecoderLayer
 from eightfold.models.precision import FP32
 
@@ -239,7 +240,7 @@ def test_saved_bytes_of_an_fp8_layer(device):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        out = layer(stream, branch, tables, None, None)
+        out = layer(stream, branch, tables, Whole(None, None))
     units = sum(s.nbytes() for s in kept.values()) / (batch * length * hidden * 2)
     assert units <= 9.5, units
     assert units > 8.5, units

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from eightfold.models.attention import Whole
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import DecoderLayer
 from eightfold.models.precision import strategy
@@ -128,7 +129,7 @@ def test_layers_of_7b_models(device, shape, save, most):
     stream, branch = (torch.randn(1, 256, hidden, dtype=torch.bfloat16, device=device) for _ in range(2))
     branch.requires_grad_()
     parameters = list(layer.parameters())
-    saved, out = saved_storages(lambda: layer(stream, branch, tables, None, None), parameters)
+    saved, out = saved_storages(lambda: layer(stream, branch, tables, Whole(None, None)), parameters)
     unit = 256 * hidden * 2
     print(table(saved, unit, f"\n{shape}, save={save}"))
     tables_of_all_layers = sum(t.numel() * 4 for t in tables)

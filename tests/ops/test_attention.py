@@ -117,8 +117,11 @@ def test_empty_batch(device):
 
 def test_scale(device):
     *inputs, starts = packed([50, 200], 2, 1, 64, torch.bfloat16, device)
-    for scale in (0.0, 1.0, -0.3):
+    for scale in (1e-6, 0.3, 1.0):
         assert relative(attention(*inputs, starts=starts, scale=scale), exact(*inputs, starts, scale)) < 3e-3
+    for scale in (0.0, -0.3, float("nan")):
+        with pytest.raises(RuntimeError, match="scale must be more than 0"):
+            attention(*inputs, starts=starts, scale=scale)
 
 
 def test_extreme_scores(device):

@@ -42,7 +42,7 @@ def attention(
         starts: int32 [sequences + 1], contiguous, rising from 0 to tokens: the first row of each sequence.
         longest: at least the length of every sequence; default: of a batch its tokens, else all tokens. Decides the
             launch on CUDA, no number.
-        scale: of the scores; default dim ** -0.5.
+        scale: of the scores, more than 0; default dim ** -0.5.
         causal: a token sees itself and what is before it; else all of its sequence.
         return_lse: also returns the natural log-sum-exp of each row's scores, float32 [heads, rows], not
             differentiable.
@@ -91,15 +91,16 @@ def paged_attention(
 
     Args:
         q: bfloat16, or float32 on the CPU, [tokens, heads, dim] as for ``attention``.
-        k_pages, v_pages: [page, kv_heads, page_size, dim], contiguous, page_size a multiple of 16, in q's dtype or
-            float8_e4m3fn. Key i of sequence s is at place i % page_size of page pages[s, i // page_size].
+        k_pages, v_pages: [page, kv_heads, page_size, dim], contiguous, page_size a multiple of 16 (on CUDA 16, 32, 64
+            or a multiple of 128), in q's dtype or, on the CPU, float8_e4m3fn. Key i of sequence s is at place
+            i % page_size of page pages[s, i // page_size].
         pages: int32 [sequences, most_pages], contiguous; what lies beyond a sequence's length is not read.
         starts: int32 [sequences + 1], rising from 0 to tokens: the first row of q of each sequence.
         lengths: int32 [sequences]: keys of each sequence, those of its rows of q included.
         k_scales, v_scales: float32 [page, kv_heads, page_size], contiguous, with float8_e4m3fn pages alone: a key is
             bfloat16(code * scale).
         longest: at least the rows of q of every sequence; default: tokens. Decides the launch on CUDA, no number.
-        scale: of the scores; default dim ** -0.5.
+        scale: of the scores, more than 0; default dim ** -0.5.
 
     Returns a contiguous tensor of q's shape and dtype; it has no gradient. Raises RuntimeError for other dtypes,
     shapes, devices or layouts and, on the CPU, for lengths or page numbers out of range.

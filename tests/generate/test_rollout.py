@@ -1,0 +1,169 @@
+"""Rollout over pages: completions that depend on nothing beside them, with the trainer's log-probabilities."""
+
+import pytest
+import torch
+
+from eightfold.generate.pages import PagePool
+from eightfold.generate.rollout import Request, Rollout, RolloutOptions, sample_seed
+from eightfold.generate.text import SamplingOptions
+from eightfold.models import Decoder, DecoderConfig
+
+WARM = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95)
+
+
+@pytest.fixture
+def model(device):
+    torch.manual_seed(5)
+    config = DecoderConfig("llama", 512, 192, 384, 2, 3, 1, 64, initializer_range=0.2, max_position_embeddings=512)
+    return Decoder(config, precision="fp8").to(device)
+
+
+def requests(count, **settings):
+    torch.manual_seed(1)
+    lengths = [1, 17, 64, 130, 33, 5, 100, 16]
+    prompts = [torch.randint(0, 512, (lengths[i % len(lengths)],)).tolist() for i in range(count)]
+    settings = {"max_tokens": 20, "options": WARM} | settings
+    return [Request(prompt, seed=i, **settings) for i, prompt in enumerate(prompts)]
+
+
+def run(model, asked, **options):
+    engine = Rollout(model, RolloutOptions(**({"pages": 200, "page_size": 16} | options)))
+    out = engine.generate(asked)
+    assert engine.pool.free == engine.options.pages
+    return out
+
+
+def trainer(model, asked, groups, order):
+    """Log-probabilities of all completions from one packed pass that keeps gradients, sequences in `order`."""
+    samples = [(r, c) for r, group in zip(asked, groups, strict=True) for c in group]
+    ids, starts, rows, labels, temperatures = [], [0], [], [], []
+    for i in order:
+        request, completion = samples[i]
+        ids += [*request.prompt, *completion.tokens][:-1]
+        starts.append(len(ids))
+        rows += range(len(ids) - len(completion.tokens), len(ids))
+        labels += completion.tokens
+        temperatures += [request.options.temperature] * len(completion.tokens)
+    to = {"device": model.device}
+    found = model.token_log_probs(
+        torch.tensor(ids, **to),
+        torch.tensor(starts, dtype=torch.int32, **to),
+        512,
+        torch.tensor(rows, **to),
+        torch.tensor(labels, **to),
+        torch.tensor(temperatures, **to),
+        chunk_tokens=37,
+    )
+    assert found.requires_grad
+    parts = iter(found.tolist())
+    values = {i: [next(parts) for _ in samples[i][1].tokens] for i in order}
+    return [values[i] for i in range(len(samples))]
+
+
+def test_a_completion_depends_on_nothing_beside_it(model):
+    asked = requests(6, samples=3)
+    together = run(model, asked)
+    assert all(len(c.tokens) == 20 and c.finish == "length" for group in together for c in group)
+    assert len({tuple(c.tokens) for c in together[2]}) == 3
+    assert together == run(model, asked, page_size=64, prefill_tokens=50, sequences=4)
+    assert together == run(model, asked, pages=24)  # too few: sequences give theirs up and are computed again
+    backwards = run(model, asked[::-1])
+    assert together == backwards[::-1]
+    alone = Request(asked[3].prompt, 20, WARM, seed=sample_seed(3, 2))
+    assert run(model, [alone])[0][0] == together[3][2]
+
+
+def test_log_probs_have_the_trainers_bits(model):
+    asked = requests(5, samples=2) + requests(2, options=SamplingOptions())
+    groups = run(model, asked, sequences=7, pages=40)
+    rolled = [c.log_probs for group in groups for c in group]
+    count = len(rolled)
+    for order in (range(count), torch.randperm(count).tolist()):
+        assert trainer(model, asked, groups, order) == rolled
+
+
+def test_greedy_is_the_largest_logit_of_the_packed_pass(model):
+    (request,) = requests(1, options=SamplingOptions(), max_tokens=8)
+    (completion,) = run(model, [request])[0]
+    ids = list(request.prompt)
+    for token in completion.tokens:
+        starts = torch.tensor([0, len(ids)], dtype=torch.int32, device=model.device)
+        with torch.no_grad():
+            hidden = model.packed_hidden(torch.tensor(ids, device=model.device), starts, len(ids))
+        assert (hidden[-1].float() @ model.lm_head.weight.bfloat16().float().t()).argmax().item() == token
+        ids.append(token)
+
+
+def test_stops(model):
+    (request,) = requests(1, max_tokens=20)
+    free = run(model, [request])[0][0].tokens
+    stop = free[9]
+    at = free.index(stop)
+    (ended,) = run(model, [Request(request.prompt, 20, WARM, seed=request.seed, stop_ids=frozenset({stop}))])[0]
+    assert (ended.tokens, ended.finish) == (free[: at + 1], "stop")
+
+    class Tokenizer:
+        def decode(self, ids):
+            return "".join(f"<{i}>" for i in ids)
+
+    text = f"<{free[5]}><{free[6]}>"
+    asked = Request(request.prompt, 20, WARM, seed=request.seed, stop=("never", text))
+    engine = Rollout(model, RolloutOptions(pages=20, page_size=16), Tokenizer())
+    seen = []
+    (ended,) = engine.generate([asked], on_complete=lambda *found: seen.append(found))[0]
+    assert ended.finish == "stop"
+    assert Tokenizer().decode(ended.tokens).endswith(text)
+    assert seen == [(0, 0, ended)]
+
+
+def test_the_weights_of_the_moment(model):
+    asked = requests(2)
+    engine = Rollout(model, RolloutOptions(pages=60, page_size=16))
+    before = engine.generate(asked)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(-1)
+    after = engine.generate(asked)
+    assert before != after
+    assert after == run(model, asked)
+
+
+@pytest.mark.parametrize(
+    ("request_", "options", "message"),
+    [
+        (Request([1] * 500, 20), {}, "context of 512"),
+        (Request([1] * 100, 20), {"pages": 7}, "need 8 pages of 16, the cache has 7"),
+        (Request([1], 20, stop=("x",)), {}, "need a tokenizer"),
+    ],
+)
+def test_requests_that_cannot_be_served(request_, options, message):
+    config = DecoderConfig("llama", 512, 192, 384, 1, 3, 1, 64, max_position_embeddings=512)
+    with pytest.raises(ValueError, match=message):
+        run(Decoder(config, precision="fp8"), [request_], **options)
+
+
+def test_bad_options():
+    for call, message in (
+        (lambda: Request([], 3), "prompt: expected at least one token"),
+        (lambda: Request([1], 0), "max_tokens: expected 1 or more, got 0"),
+        (lambda: Request([1], 1, samples=0), "samples: expected 1 or more, got 0"),
+        (lambda: RolloutOptions(pages=0), "pages: expected 1 or more, got 0"),
+        (lambda: RolloutOptions(pages=1, page_size=24), "page_size: expected a multiple of 16, got 24"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_page_pool_counts_holders():
+    pool = PagePool(3)
+    page = pool.take()
+    assert pool.share(page) == page
+    assert pool.free == 2
+    pool.release(page)
+    assert pool.free == 2
+    pool.release(page)
+    assert pool.free == 3
+    with pytest.raises(ValueError, match="no holder"):
+        pool.release(page)
+    assert len({pool.take() for _ in range(3)}) == 3
+    with pytest.raises(IndexError):
+        pool.take()
