@@ -21,6 +21,7 @@
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "core/launch.cuh"
+#include "core/memory.cuh"
 #include "core/quad.cuh"
 
 namespace eightfold {
@@ -144,10 +145,10 @@ __device__ __forceinline__ void place_queries(const Args& args, const Unit& unit
       v = *reinterpret_cast<const uint4*>(args.q + (static_cast<int64_t>(unit.row) + query) * args.q_token_stride +
                                           head * args.q_head_stride + 8 * piece);
     const uint32_t to = shared + piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
-    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+    store_shared(to, v);
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile("bar.sync 1, 128;" ::: "memory");
+  async_fence();
+  warpgroup_meet(1);
 }
 
 template <int kDim>
@@ -223,7 +224,7 @@ __device__ __forceinline__ void multiply(const Args& args, uint32_t shared, cons
     }
     end_chunk<kDim>(rows);
     store_result<kDim>(args, unit, rows);
-    asm volatile("bar.sync 1, 128;" ::: "memory");  // before the next unit's queries take their place
+    warpgroup_meet(1);  // before the next unit's queries take their place
   }
 }
 

@@ -9,6 +9,7 @@
 #include "attention/attention.h"
 #include "core/approx.cuh"
 #include "core/barrier.cuh"
+#include "core/memory.cuh"
 #include "core/quad.cuh"
 #include "core/wgmma.cuh"
 
@@ -148,10 +149,10 @@ __device__ __forceinline__ void clear_rows(uint32_t v, int32_t kept, int meeting
   for (int32_t i = kept * 8 + thread; i < kTile * 8; i += 128) {
 #pragma unroll
     for (int block = 0; block < Shape<kDim>::kBlocks; ++block)
-      asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" ::"r"(v + block * Shape<kDim>::kBlockBytes + i * 16), "r"(0) : "memory");
+      store_shared(v + block * Shape<kDim>::kBlockBytes + i * 16, make_uint4(0, 0, 0, 0));
   }
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  asm volatile("bar.sync %0, 128;" ::"r"(meeting) : "memory");
+  async_fence();
+  warpgroup_meet(meeting);
 }
 
 }  // namespace eightfold::attention

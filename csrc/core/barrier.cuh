@@ -76,6 +76,12 @@ __device__ __forceinline__ void barrier_wait_unless(bool passed, uint32_t barrie
       : "memory");
 }
 
+// This thread's writes to shared memory before what the tensor cores and the copy engine read there after a barrier.
+__device__ __forceinline__ void async_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// Where the 128 threads of a warpgroup wait for each other; `number` 1 to 15, 0 is __syncthreads().
+__device__ __forceinline__ void warpgroup_meet(int number) { asm volatile("bar.sync %0, 128;" ::"r"(number) : "memory"); }
+
 // The place in a ring of `kStages` buffers; producer and consumers step through it alike.
 template <int kStages>
 struct RingPosition {
