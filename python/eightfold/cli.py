@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, 2 after an error of the user (one line), 130 after Ctrl-C."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command == "train":  # overrides may also stand after flags
+    if args.command in ("train", "rl"):  # overrides may also stand after flags
         args.overrides += [item for item in rest if _OVERRIDE.fullmatch(item)]
         rest = [item for item in rest if not _OVERRIDE.fullmatch(item)]
     if rest:
@@ -70,16 +70,7 @@ def _info(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from eightfold.train.config import SHORTHANDS, load_config
 
-    config, overrides = args.config, [*args.overrides, *args.set]
-    if config is not None and _OVERRIDE.fullmatch(config) and not Path(config).exists():
-        config, overrides = None, [config, *overrides]
-    if args.resume is not None and _OVERRIDE.fullmatch(args.resume):  # --resume without a folder, then an override
-        overrides.append(args.resume)
-        args.resume = "latest"
-    for flag, key in SHORTHANDS.items():
-        if getattr(args, flag) is not None:
-            overrides.append(f"{key}={_quoted(getattr(args, flag))}")
-    loaded = load_config(config, overrides)
+    loaded = load_config(*_settings(args, SHORTHANDS))
 
     from eightfold.train.interrupt import Interrupted
     from eightfold.train.loop import train
@@ -92,6 +83,43 @@ def _train(args: argparse.Namespace) -> int:
         print(f"done: {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png", end="")
         print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
     return 0
+
+
+def _rl(args: argparse.Namespace) -> int:
+    from eightfold.train.config import SHORTHANDS
+    from eightfold.train.interrupt import Interrupted
+
+    try:
+        if args.demo:
+            from eightfold.train.rl.demo import run
+
+            return run(Path(args.output or "rl_demo_output"), args.steps)
+        from eightfold.train.rl.config import load_rl_config
+
+        loaded = load_rl_config(*_settings(args, SHORTHANDS))
+
+        from eightfold.train.rl.loop import train_rl
+
+        result = train_rl(loaded)
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
+    print(f"done: curves in {loaded.output}/rewards.png", end="")
+    print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
+    return 0
+
+
+def _settings(args: argparse.Namespace, shorthands: dict[str, str]) -> tuple[str | None, list[str]]:
+    """The YAML file and the overrides that a command line with a config, overrides and flags means."""
+    config, overrides = args.config, [*args.overrides, *args.set]
+    if config is not None and _OVERRIDE.fullmatch(config) and not Path(config).exists():
+        config, overrides = None, [config, *overrides]
+    if args.resume is not None and _OVERRIDE.fullmatch(args.resume):  # --resume without a folder, then an override
+        overrides.append(args.resume)
+        args.resume = "latest"
+    for flag, key in shorthands.items():
+        if getattr(args, flag, None) is not None:
+            overrides.append(f"{key}={_quoted(getattr(args, flag))}")
+    return config, overrides
 
 
 def _quoted(value: object) -> str:
@@ -170,6 +198,23 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
     train.set_defaults(run=_train)
 
+    rl = commands.add_parser(
+        "rl",
+        help="reinforcement learning of a language model from verified rewards",
+        description="GRPO: the model answers prompts, a verifier rewards the answers, the model learns from them. "
+        "Settings come from a YAML file, then from key=value overrides, then from flags.",
+    )
+    rl.add_argument("config", nargs="?", help="YAML file")
+    rl.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. task.name=chain_sum")
+    rl.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="the same, as a flag")
+    rl.add_argument("--model", help="Hugging Face folder, .gguf file, or smollm2")
+    rl.add_argument("--output", help="folder for logs, pictures and checkpoints (default: run)")
+    rl.add_argument("--precision", help="of training: fp8, bf16 or fp32")
+    rl.add_argument("--steps", type=int, help="steps of rollout and update")
+    rl.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
+    rl.add_argument("--demo", action="store_true", help="SmolLM2-135M learns sums, in each mode of precision, on a CPU")
+    rl.set_defaults(run=_rl)
+
     generate = commands.add_parser("generate", help="write text with a model")
     generate.add_argument("model", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2")
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
@@ -195,7 +240,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run")
     demo.set_defaults(run=_demo)
 
-    for command in (info, train, generate, bench, demo):
+    for command in (info, train, rl, generate, bench, demo):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 

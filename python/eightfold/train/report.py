@@ -54,10 +54,7 @@ class RunLog:
                 if key != "step":
                     self._events.add_scalar(f"train/{key}", value, record["step"])
         if "loss" in record:
-            figures = (
-                f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, "
-                f"{record['memory_bytes'] / 1e9:.2f} GB"
-            )
+            figures = _figures(record)
             if self._bar is not None:
                 self._bar.set_postfix_str(figures, refresh=False)
                 self._bar.update(record["step"] - self._bar.n)
@@ -80,6 +77,19 @@ class RunLog:
         for part in (self._bar, self._events, self._file):
             if part is not None:
                 part.close()
+
+
+def _figures(record: dict[str, Any]) -> str:
+    """What the terminal shows of an optimizer step: of reinforcement learning the reward and how far rollout and
+    training are apart."""
+    memory = f"{record['memory_bytes'] / 1e9:.2f} GB"
+    if "reward_mean" not in record:
+        return f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, {memory}"
+    speeds = (record["rollout_tokens_per_second"], record["training_tokens_per_second"])
+    return (
+        f"reward {record['reward_mean']:.3f}, max |delta log p| {record.get('delta_logp_max', 0.0):.3g}, "
+        f"{record['length_mean']:.1f} tokens, {speeds[0]:,.0f} drawn and {speeds[1]:,.0f} trained tokens/s, {memory}"
+    )
 
 
 def _tensorboard(folder: Path, start_step: int) -> Any:

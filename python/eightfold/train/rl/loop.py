@@ -28,12 +28,13 @@ from eightfold.train import checkpoint, distributed
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
 from eightfold.train.loop import learning_rate, load_model, make_optimizer
-from eightfold.train.report import RunLog, memory_bytes
+from eightfold.train.report import RunLog, memory_bytes, read_log
 from eightfold.train.rl.advantages import group_advantages, overlong_penalties
 from eightfold.train.rl.batches import PackedSamples, Sample, pack, parts
 from eightfold.train.rl.config import RlConfig
 from eightfold.train.rl.meters import SampleMeters, TokenMeters
 from eightfold.train.rl.objective import loss_denominator, policy_loss
+from eightfold.train.rl.report import plot_rewards
 from eightfold.train.rl.rewards import Verdict, VerifierPool, VerifierSource
 from eightfold.train.rl.tasks import PromptItem, Prompts, load_task
 
@@ -95,6 +96,8 @@ class _Run:
                     self._one_step()
                     last, stopping = self.step == config.steps, stop.agreed()
                     every = config.checkpoint_every
+                    if last or stopping:
+                        plot_rewards(Path(config.output) / "rewards.png", {self._mode(): read_log(self.log.path)})
                     if stopping or (last and config.checkpoint_at_end) or (every and self.step % every == 0):
                         self._save()
                     if stopping and not last:
@@ -102,6 +105,10 @@ class _Run:
         finally:
             self.log.close()
         return self.result
+
+    def _mode(self) -> str:
+        training, rollout = self.config.model.precision, self.config.rollout.precision
+        return f"{training} training, {training if rollout == 'same' else rollout} rollout"
 
     def _one_step(self) -> None:
         config, begin = self.config, time.perf_counter()
