@@ -117,8 +117,8 @@ class _Run:
         rolled = time.perf_counter()
         completions = [completion for group in groups for completion in group]
         owners = [item for item, group in zip(items, groups, strict=True) for _ in group]
-        failures = self.verifiers.failures.total()
         verdicts = self.verifiers.collect()
+        failures = sum(verdict.failure is not None for verdict in verdicts)
         rewards = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float64)
         lengths = torch.tensor([len(completion.tokens) for completion in completions])
         penalties = overlong_penalties(lengths, config.max_new_tokens, config.overlong) if config.overlong else None
@@ -136,7 +136,6 @@ class _Run:
         ended = time.perf_counter()
         self.step += 1
         truncated = torch.tensor([completion.finish == "length" for completion in completions])
-        failures = self.verifiers.failures.total() - failures
         drawn = int(lengths.sum())
         record = {
             "step": self.step,
