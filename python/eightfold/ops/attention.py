@@ -10,14 +10,30 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
-from eightfold.reference.attention import attention_backward
+from eightfold.reference import attention as reference
 
 _ops = torch.ops.eightfold
 _BACKWARD = "eightfold::attention_backward"
 
-# No CUDA kernel of this library: the definition in torch. Without any CUDA kernels ops/_fallback.py has done the same.
+
+def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True):
+    """torch's flash kernel, fed with what our forward pass gave. Its deterministic form: DESIGN asks for one result."""
+    if q.dtype != torch.bfloat16 or q.numel() == 0 or k.numel() == 0:
+        return reference.attention_backward(dout, q, k, v, out, lse, starts, longest, scale, causal)
+    nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        return torch.ops.aten._flash_attention_backward(
+            dout, q, k, v, out, lse, starts, starts, longest, longest, 0.0, causal, nothing, nothing[:0], scale=scale
+        )
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+# No CUDA kernel of this library. Without any CUDA kernels ops/_fallback.py has given it the definition in torch.
 if not torch._C._dispatch_has_kernel_for_dispatch_key(_BACKWARD, "CUDA"):
-    torch.library.impl(_BACKWARD, "CUDA")(attention_backward)
+    torch.library.impl(_BACKWARD, "CUDA")(_flash_backward)
 
 
 def attention(

@@ -1,4 +1,4 @@
-"""GRPO runs of a tiny model: one flow keeps every bit between rollout and training, rewards rise, runs resume or fail."""
+"""GRPO runs of a tiny model: one flow keeps every bit from rollout to training, rewards rise, runs resume or fail."""
 
 import json
 
