@@ -1,0 +1,100 @@
+"""Attention whose rows keep their bits: training forward (half of the square counts), and decoding over pages.
+
+The ceiling of the first is an E4M3 product, twice what bf16 operands can reach; of the second the bytes of its keys.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eightfold import reference
+
+from .common import Bench, Case, relative_error
+
+ops = torch.ops.eightfold
+
+
+def run(bench: Bench) -> None:
+    cuda = bench.device.type == "cuda"
+    layers = ((4, 2048, 32, 32, 128), (4, 2048, 28, 4, 128), (4, 2048, 9, 3, 64)) if cuda else ((1, 512, 9, 3, 64),)
+    for layer in layers:
+        bench.add(_training(bench.device, *layer))
+    caches = ((64, 1024, 28, 4, 128), (64, 1024, 32, 8, 128), (64, 1024, 32, 32, 128), (16, 4096, 32, 8, 128))
+    for cache in caches if cuda else ((8, 512, 9, 3, 64),):
+        bench.add(_decode(bench.device, *cache))
+
+
+def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    def rows(count: int) -> torch.Tensor:
+        return torch.randn(batch * tokens, count, dim, device=device, dtype=torch.bfloat16)
+
+    q, k, v = rows(heads), rows(kv_heads), rows(kv_heads)
+    starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens
+    scale, group = dim**-0.5, heads // kv_heads
+
+    def ours() -> torch.Tensor:
+        return ops.attention(q, k, v, starts, tokens, scale, True)[0]
+
+    def error() -> float:
+        part = [x[:tokens, :n] for x, n in ((q, group), (k, 1), (v, 1))]
+        exact, _ = reference.attention(*part, starts[:2], tokens, scale, True)
+        return relative_error(ours()[:tokens, :group], exact)
+
+    heads_first = [x.view(batch, tokens, -1, dim).transpose(1, 2) for x in (q, k, v)]
+    kinds = (
+        {"torch flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
+        if device.type == "cuda"
+        else {}
+    )
+    kinds = kinds or {"torch": SDPBackend.FLASH_ATTENTION}
+    return Case(
+        "attention",
+        f"{batch}x{tokens} {heads}:{kv_heads}x{dim}",
+        ours=ours,
+        error=error,
+        tolerance=2e-2,
+        flop=2 * batch * heads * tokens * tokens * dim,
+        peers={name: _sdpa(heads_first, kind) for name, kind in kinds.items()},
+    )
+
+
+def _sdpa(heads_first: list[torch.Tensor], kind: SDPBackend, causal: bool = True):
+    def call() -> torch.Tensor:
+        with sdpa_kernel(kind):
+            return F.scaled_dot_product_attention(*heads_first, is_causal=causal, enable_gqa=True)
+
+    return call
+
+
+def _decode(
+    device: torch.device, batch: int, keys: int, heads: int, kv_heads: int, dim: int, page_size: int = 64
+) -> Case:
+    count = keys // page_size
+    pages = torch.randperm(batch * count, device=device, dtype=torch.int32).view(batch, count)
+    shape = (batch * count, kv_heads, page_size, dim)
+    k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+    q = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
+    starts = torch.arange(batch + 1, device=device, dtype=torch.int32)
+    lengths = torch.full((batch,), keys, device=device, dtype=torch.int32)
+    scale = dim**-0.5
+
+    def ours() -> torch.Tensor:
+        return ops.paged_attention(q, k, v, None, None, pages, starts, lengths, 1, scale)
+
+    def error() -> float:
+        few = (q[:2], k, v, None, None, pages[:2], starts[:3], lengths[:2], 1, scale)
+        return relative_error(ours()[:2], reference.paged_attention(*few))
+
+    def together(x: torch.Tensor) -> torch.Tensor:
+        return x[pages.long()].transpose(1, 2).flatten(2, 3).contiguous()
+
+    dense = [q[:, :, None], together(k), together(v)]
+    return Case(
+        "paged_attention",
+        f"{batch}x{keys} {heads}:{kv_heads}x{dim}",
+        ours=ours,
+        error=error,
+        tolerance=2e-2,
+        bytes=2 * k.numel() * k.element_size(),
+        peers={"torch, dense cache": lambda: F.scaled_dot_product_attention(*dense, enable_gqa=True)},
+    )
