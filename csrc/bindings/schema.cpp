@@ -66,6 +66,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def("fp8_gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128) -> ()");
   m.def("gemm(Tensor a, Tensor b, ScalarType out_dtype=float32) -> Tensor");
 
+  // sampling
+  m.def("sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperatures, Tensor top_k, Tensor top_p) -> Tensor");
+
   // optim: 8-bit states with dynamic range expansion
   m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");
   m.def("dre_dequantize(Tensor codes, Tensor maxima, Tensor exponents, int row_length) -> Tensor");

@@ -1,4 +1,4 @@
-// exp2 and log2 for CPU loops that must vectorise and must give the same bits on every instruction set: no branches, no
+// exp2 and log2 for CPU loops that must vectorise and must give the same bits on every instruction set, and on the device: no branches, no
 // libm, every fused multiply-add spelled out. Polynomials are minimax fits over one octave; log2(1) = 0 and exp2(0) = 1
 // exactly, so equal arguments cancel exactly in exp2(k * (log2 a - log2 b)).
 #pragma once
@@ -27,10 +27,8 @@ EF_HD float exp2_poly(float x) {
   return bits_float(float_bits(q) + (float_bits(shifted) << 23));
 }
 
-// log2 of the normal number with these bits, less `bias`.
-EF_HD float log2_of_bits(uint32_t bits, float bias) {
-  int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
-  float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+// log2(1 + f) / f, for 1 + f in [sqrt(1/2), sqrt(2)).
+EF_HD float log2_slope(float f) {
   float q = 0.12541121244430542f;
   q = std::fma(q, f, -0.21030293405056f);
   q = std::fma(q, f, 0.21737965941429138f);
@@ -39,8 +37,14 @@ EF_HD float log2_of_bits(uint32_t bits, float bias) {
   q = std::fma(q, f, -0.3607212007045746f);
   q = std::fma(q, f, 0.48092252016067505f);
   q = std::fma(q, f, -0.7213471531867981f);
-  q = std::fma(q, f, 1.442694902420044f);
-  return std::fma(q, f, static_cast<float>(exponent) - bias);
+  return std::fma(q, f, 1.442694902420044f);
+}
+
+// log2 of the normal number with these bits, less `bias`.
+EF_HD float log2_of_bits(uint32_t bits, float bias) {
+  int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;  // mantissa in [sqrt(1/2), sqrt(2))
+  float f = bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  return std::fma(log2_slope(f), f, static_cast<float>(exponent) - bias);
 }
 
 // log2(x) for x > 0, subnormals included; absolute error below 1e-7 near 1, half an ulp of the result's exponent elsewhere.
@@ -52,5 +56,8 @@ EF_HD float log2_poly(float x) {
 
 // The same where x is no subnormal.
 EF_HD float log2_poly_normal(float x) { return log2_of_bits(float_bits(x), 0.0f); }
+
+// log2(1 - u) for 0 < u < 1 with all the bits of a small u.
+EF_HD float log2_one_minus(float u) { return u < 0.25f ? log2_slope(-u) * -u : log2_of_bits(float_bits(1.0f - u), 0.0f); }
 
 }  // namespace eightfold

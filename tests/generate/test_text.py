@@ -36,6 +36,22 @@ def test_seed_repeats_the_draw(model, prompt):
     assert not torch.equal(generate(model, prompt, 16, options, seed=2), first)
 
 
+def test_a_row_draws_by_its_own_seed(model, prompt):
+    """Rows of one prompt differ; each is what its seed draws alone."""
+    options = SamplingOptions(temperature=1.5, top_k=40, top_p=0.95)
+    together = generate(model, prompt[:1].expand(4, 5), 8, options, seed=11)
+    assert len(together.unique(dim=0)) == 4
+    for i in range(4):
+        assert torch.equal(generate(model, prompt[:1], 8, options, seed=11 + i), together[i : i + 1])
+
+
+def test_nan_logits_are_an_error(model, prompt):
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    with pytest.raises(RuntimeError, match="generate: the model gave NaN logits"):
+        generate(model, prompt, 2)
+
+
 def test_stop_ids_end_rows_one_by_one(model, prompt):
     free = generate(model, prompt, 12)
     stop = free[0, 8].item()
@@ -65,7 +81,7 @@ def test_stop_ids_end_rows_one_by_one(model, prompt):
 def test_draws_follow_the_truncated_distribution(options, expected, device):
     n = 20000
     logits = torch.tensor([0.1, 0.4, 0.2, 0.3]).log().to(device).expand(n, 4)
-    draws = next_token(logits, options, torch.Generator(device).manual_seed(0))
+    draws = next_token(logits, options, torch.arange(n, device=device), 0)
     share = torch.bincount(draws.cpu(), minlength=4) / n
     torch.testing.assert_close(share, torch.tensor(expected, dtype=share.dtype), rtol=0, atol=0.015)
     assert all(share[i] == 0 for i, p in enumerate(expected) if p == 0)

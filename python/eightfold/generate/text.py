@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from eightfold.models.decoder import Decoder
+from eightfold.ops import sample
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,10 @@ class SamplingOptions:
 
 
 def next_token(
-    logits: torch.Tensor, options: SamplingOptions, generator: torch.Generator | None = None
+    logits: torch.Tensor, options: SamplingOptions, seeds: torch.Tensor, positions: torch.Tensor | int
 ) -> torch.Tensor:
-    """Token ids int64 [B] drawn from logits [B, V]."""
-    if options.temperature == 0:
-        return logits.argmax(dim=-1)
-    ranked, order = (logits.float() / options.temperature).sort(dim=-1, descending=True, stable=True)
-    if options.top_k:
-        ranked[:, options.top_k :] = float("-inf")
-    probability = ranked.softmax(dim=-1)
-    # A token stays if the ones before it fall short of top_p, so the most likely one always stays.
-    probability[probability.cumsum(dim=-1) - probability >= options.top_p] = 0
-    choice = torch.multinomial(probability, 1, generator=generator)
-    return order.gather(1, choice).squeeze(1)
+    """Token ids int64 [B] drawn from logits [B, V] with the random numbers of each row's seed at its position."""
+    return sample(logits.float(), seeds, positions, options.temperature, options.top_k, options.top_p)
 
 
 @torch.inference_mode()
@@ -60,15 +52,17 @@ def generate(
     """Continues prompts of one length: int64 [B, T + n], n <= max_new_tokens, the prompt included.
 
     A row ends at its first token in `stop_ids` (which is kept) and is filled with that token while other rows go on;
-    `seed` makes the draw repeatable; `on_token` is called with each step's ids [B], on the CPU.
-    Raises ValueError naming the argument.
+    `on_token` is called with each step's ids [B], on the CPU. Row i draws with the seed `seed` + i (None: a random one
+    instead of `seed`), each token by its place in the row: repeatable, whatever rows stand beside it (`ops.sample`).
+    Raises ValueError naming the argument, RuntimeError if the model gives NaN.
     """
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: expected ids [B, T] with T > 0, got {tuple(prompt.shape)}")
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens: expected 0 or more, got {max_new_tokens}")
     options = options or SamplingOptions()
-    generator = None if seed is None else torch.Generator(prompt.device).manual_seed(seed)
+    first_seed = int(torch.randint(2**62, ())) if seed is None else seed
+    seeds = first_seed + torch.arange(prompt.shape[0], device=prompt.device)
     stops = torch.tensor(list(stop_ids), dtype=torch.int64, device=prompt.device)
     ids = prompt.long()
     cache = model.new_cache(ids.shape[0], ids.shape[1] + max_new_tokens)
@@ -76,7 +70,9 @@ def generate(
     step = ids
     with model.compute.constant_weights():
         for _ in range(max_new_tokens):
-            token = next_token(model(step, cache=cache, last_only=True)[:, 0], options, generator)
+            token = next_token(model(step, cache=cache, last_only=True)[:, 0], options, seeds, ids.shape[1])
+            if bool((token < 0).any()):
+                raise RuntimeError("generate: the model gave NaN logits")
             step = torch.where(ended, ids[:, -1], token)[:, None]
             ids = torch.cat((ids, step), dim=1)
             if on_token is not None:

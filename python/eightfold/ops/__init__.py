@@ -23,6 +23,7 @@ from eightfold.ops.quant import (
     transpose,
 )
 from eightfold.ops.rotary import rotary, rotary_backward_quantize
+from eightfold.ops.sampling import sample
 
 build_info = _library.build_info
 
@@ -52,6 +53,7 @@ __all__ = [
     "rms_norm_quantize",
     "rotary",
     "rotary_backward_quantize",
+    "sample",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose",

@@ -25,6 +25,7 @@ from eightfold.reference.quant import (
     transpose_codes,
 )
 from eightfold.reference.rotary import rotary, rotary_backward_quantize
+from eightfold.reference.sampling import sample
 
 __all__ = [
     "adamw_dre_",
@@ -51,6 +52,7 @@ __all__ = [
     "rms_norm_quantize",
     "rotary",
     "rotary_backward_quantize",
+    "sample",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose_codes",
