@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD := build/native
 CXX_FILES = $(shell git ls-files -- 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: build demo test gpu-test sanitize bench table wheel format lint clean
+.PHONY: build demo rl-demo test gpu-test sanitize bench table wheel format lint clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,9 @@ build: $(BUILD)/build.ninja
 
 demo: build
 	$(BIN)/eightfold demo
+
+rl-demo: build
+	$(BIN)/eightfold rl --demo
 
 test: build
 	$(BIN)/python -m pytest
