@@ -1,0 +1,90 @@
+"""A token's bits in FP8: the same packed with others, token by token over pages, and in pieces of any size."""
+
+import pytest
+import torch
+
+from eightfold.models import Decoder, DecoderConfig
+from eightfold.models.attention import Paged, PagedCache
+
+LENGTHS = [5, 150, 17, 1, 64]
+PAGE = 16
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+def model(request, device):
+    torch.manual_seed(2)
+    config = DecoderConfig(request.param, 320, 192, 384, 2, 3, 1, 64, initializer_range=0.2)
+    return Decoder(config, precision="fp8").to(device)
+
+
+@pytest.fixture
+def packed(model):
+    starts = torch.tensor([0, *LENGTHS], dtype=torch.int32, device=model.device).cumsum(0, dtype=torch.int32)
+    return torch.randint(0, 320, (sum(LENGTHS),), device=model.device), starts
+
+
+def test_over_pages_in_pieces_of_any_size(model, packed):
+    ids, starts = packed
+    expected = model.packed_hidden(ids, starts, max(LENGTHS))
+    assert expected.requires_grad
+    most = -(-max(LENGTHS) // PAGE)
+    pages = torch.randperm(len(LENGTHS) * most, device=model.device, dtype=torch.int32).view(-1, most)
+    begins = starts.tolist()
+    for piece in (1, 7, 200):
+        cache = PagedCache(model.config, pages.numel(), PAGE, torch.bfloat16, model.device)
+        found = torch.full_like(expected, float("nan"))
+        for at in range(0, max(LENGTHS), piece):
+            parts = [(s, at, min(at + piece, n)) for s, n in enumerate(LENGTHS) if n > at]
+            rows = torch.tensor([begins[s] + i for s, a, b in parts for i in range(a, b)], device=model.device)
+            places = torch.tensor([i for _, a, b in parts for i in range(a, b)], device=model.device)
+            owners = torch.tensor([s for s, a, b in parts for _ in range(a, b)], device=model.device)
+            slots = pages[owners, places // PAGE].long() * PAGE + places % PAGE
+            counts = torch.tensor([0] + [b - a for _, a, b in parts], device=model.device)
+            attend = Paged(
+                cache,
+                pages[[s for s, _, _ in parts]].contiguous(),
+                counts.cumsum(0).int(),
+                torch.tensor([b for *_, b in parts], dtype=torch.int32, device=model.device),
+                slots,
+                piece,
+            )
+            with torch.no_grad():
+                found[rows] = model.rows_hidden(ids[rows], places, attend)
+        assert torch.equal(found, expected.detach()), piece
+
+
+def test_in_any_packing_and_batch(model, packed):
+    ids, starts = packed
+    with torch.no_grad():
+        expected = model.packed_hidden(ids, starts, max(LENGTHS))
+        for s, count in enumerate(LENGTHS):
+            part = slice(int(starts[s]), int(starts[s]) + count)
+            alone = torch.tensor([0, count], dtype=torch.int32, device=model.device)
+            assert torch.equal(model.packed_hidden(ids[part], alone, count), expected[part])
+        assert model.packed_hidden(ids[:0], alone * 0, 0).shape == (0, 192)
+
+
+def test_log_probs_and_their_gradients(model, packed):
+    """Against log_softmax of all logits in fp32; chunks change no bit."""
+    ids, starts = packed
+    rows = torch.arange(0, len(ids), 3, device=model.device)
+    labels, temperatures = ids.roll(-1)[rows], torch.rand(len(rows), device=model.device) + 0.5
+    upstream = torch.randn(len(rows), device=model.device)
+    found, grads = [], []
+    for chunk in (10, 10_000):
+        model.zero_grad()
+        out = model.token_log_probs(ids, starts, max(LENGTHS), rows, labels, temperatures, chunk)
+        (out * upstream).sum().backward()
+        found.append(out.detach())
+        grads.append(model.lm_head.weight.grad.clone())
+    assert torch.equal(*found)
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
+    hidden = model.packed_hidden(ids, starts, max(LENGTHS))[rows].detach().float().requires_grad_()
+    weight = model.lm_head.weight.detach().bfloat16().float().requires_grad_()
+    logits = hidden @ weight.t() / temperatures[:, None]
+    exact = logits.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(found[0], exact.detach(), rtol=1e-4, atol=1e-4)
+    (exact * upstream).sum().backward()
+    assert (grads[0] - weight.grad).norm() < 6e-3 * weight.grad.norm()
+    with pytest.raises(ValueError, match="rows, labels, temperatures: expected one shape"):
+        model.token_log_probs(ids, starts, max(LENGTHS), rows, labels[1:], temperatures)
