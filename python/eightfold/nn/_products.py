@@ -20,7 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from eightfold.ops import _library, gemm  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
+from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
+from eightfold.ops.gemm import product as fp8_product
 from eightfold.ops.layouts import ceil_div
 
 ops = torch.ops.eightfold
@@ -132,7 +133,7 @@ def flat(x: Tensor) -> Tensor:
 
 def product(rows: Codes, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, cache: WeightCache | None) -> Tensor:
     """X W^T + bias, [tokens, out_features]."""
-    return gemm.product(*rows, *quantize_weights([weight], [cache]), 128, bias, dtype)
+    return fp8_product(*rows, *quantize_weights([weight], [cache]), 128, bias, dtype)
 
 
 def products(
@@ -153,11 +154,11 @@ def products(
     codes, scales = quantize_weights(weights, caches)
     sizes = [weight.shape[0] for weight in weights]
     if as_one and all(bias is None for bias in biases):
-        return list(gemm.product(*rows, codes, scales, 128, None, dtype).split(sizes, 1))
+        return list(fp8_product(*rows, codes, scales, 128, None, dtype).split(sizes, 1))
     if as_one and all(bias is not None and bias.dtype == biases[0].dtype for bias in biases):
-        return list(gemm.product(*rows, codes, scales, 128, torch.cat(list(biases)), dtype).split(sizes, 1))
+        return list(fp8_product(*rows, codes, scales, 128, torch.cat(list(biases)), dtype).split(sizes, 1))
     parts = zip(codes.split(sizes), scales.split([ceil_div(size, 128) for size in sizes]), biases, strict=True)
-    return [gemm.product(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
+    return [fp8_product(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
 
 
 def rotated_heads(out: Sequence[Tensor], tables: tuple[Tensor, Tensor], head_dim: int) -> list[Tensor]:
@@ -220,9 +221,9 @@ def input_gradient(
     for rows, _, layers in gradients:
         operand = _transposed_weights([weights[i] for i in layers], [caches[i] for i in layers])
         if len(gradients) == 1:
-            return gemm.product(*rows, *operand, 128, None, dtype)
+            return fp8_product(*rows, *operand, 128, None, dtype)
         if total is None:
-            total = gemm.product(*rows, *operand, 128, None, torch.float32)
+            total = fp8_product(*rows, *operand, 128, None, torch.float32)
         else:
             ops.fp8_gemm_accumulate_(total, *rows, *operand)
     return total.to(dtype)
@@ -251,7 +252,7 @@ def weight_gradients(
 def weight_gradient(grad_columns: Codes, input_columns: Codes, dtype: torch.dtype) -> Tensor:
     """dY^T X, [out_features, in_features]; tokens are the contraction."""
     (dy, dy_scales), (x, x_scales) = grad_columns, input_columns
-    return gemm.product(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
+    return fp8_product(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
 
 
 def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype) -> Tensor:
