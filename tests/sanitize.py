@@ -50,6 +50,21 @@ def products(m: int, n: int, k: int) -> None:
     op.fp8_gemm_accumulate_(out, *left, *right, 1)
 
 
+def plain_products(m: int, n: int, k: int) -> None:
+    a, b = (torch.randn(rows, k, device="cuda", dtype=torch.bfloat16) for rows in (m, n))
+    for dtype in FORMATS:
+        op.gemm(a, b, dtype)
+
+
+def draws(rows: int, vocabulary: int) -> None:
+    wide = torch.randn(rows, vocabulary + 3, device="cuda").round()
+    seeds, top_k = torch.arange(rows, device="cuda"), torch.full((rows,), 3, dtype=torch.int32, device="cuda")
+    for logits in (wide[:, :vocabulary].contiguous(), wide[:, 3:]):  # aligned, and a view that is not
+        for temperature, k, p in ((0.0, 0, 1.0), (0.7, 0, 1.0), (0.7, 1, 1.0), (0.7, 0, 0.9), (0.7, 1, 0.9)):
+            temperatures, top_p = (torch.full((rows,), value, device="cuda") for value in (temperature, p))
+            op.sample(logits, seeds, seeds, temperatures, top_k * k, top_p)
+
+
 def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int) -> None:
     x = torch.randn(1, tokens, heads, head_size, device="cuda", dtype=torch.bfloat16)
     angle = torch.rand(1, tokens, 1, head_size // 2, device="cuda")
@@ -109,6 +124,9 @@ if __name__ == "__main__":
         optimizer([(1, 1), (3, 130), (40, 128), (17, 1000)], dtype)
     for m, n, k in ((1, 16, 16), (7, 144, 272), (64, 128, 128), (100, 400, 640), (130, 272, 400), (2100, 2064, 272)):
         products(m, n, k)
+        plain_products(m, n, k)
+    for rows, vocabulary in ((1, 1), (3, 7), (5, 1000), (2, 8192), (3, 50257)):
+        draws(rows, vocabulary)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)

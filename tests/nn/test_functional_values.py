@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eightfold.nn import functional as F
-from eightfold.reference import activation, gemm, norm, quant
+from eightfold.reference import activation, fp8_gemm, norm, quant
 from layer_cases import CASES, DTYPES, EPS, H, I, gradients, make, relative, setup_case
 
 
@@ -51,17 +51,17 @@ def test_one_weight_used_twice(device):
 
 
 def reference_product(rows, weight, bias, dtype):
-    return gemm.fp8_gemm(*rows, *quant.quantize(weight, [128, 128]), 128, bias, dtype)
+    return fp8_gemm(*rows, *quant.quantize(weight, [128, 128]), 128, bias, dtype)
 
 
 def reference_dgrad(dy, weight, dtype):
     codes, scales = quant.quantize(weight, [128, 128])
-    return gemm.fp8_gemm(*quant.quantize(dy, [1, 128]), codes.t(), scales.t(), 128, None, dtype)
+    return fp8_gemm(*quant.quantize(dy, [1, 128]), codes.t(), scales.t(), 128, None, dtype)
 
 
 def reference_wgrad(dy, columns, dtype):
     codes, scales = quant.quantize(dy, [128, 1])
-    return gemm.fp8_gemm(codes.t(), scales.t(), columns[0].t(), columns[1].t(), 1, None, dtype)
+    return fp8_gemm(codes.t(), scales.t(), columns[0].t(), columns[1].t(), 1, None, dtype)
 
 
 def close(ours, wanted, tolerance):
@@ -123,12 +123,12 @@ def test_norm_swiglu_mlp_is_the_composition(device, I):
     dh = reference_dgrad(dy, down_w, torch.bfloat16)
     g, gs, gc, gcs, u, us, uc, ucs, hc, hcs = activation.swiglu_backward_quantize(dh, *saved)
     ddown = reference_wgrad(dy, (hc, hcs), torch.float32)
-    dgate, dup = (gemm.fp8_gemm(c.t(), s.t(), columns[0].t(), columns[1].t(), 1, None, torch.float32)
+    dgate, dup = (fp8_gemm(c.t(), s.t(), columns[0].t(), columns[1].t(), 1, None, torch.float32)
                   for c, s in ((gc, gcs), (uc, ucs)))  # fmt: skip
     dnormed = 0
     for (c, s), w in (((g, gs), gate_w), ((u, us), up_w)):
         w_codes, w_scales = quant.quantize(w, [128, 128])
-        dnormed = dnormed + gemm.fp8_gemm(c, s, w_codes.t(), w_scales.t(), 128, None, torch.float32)
+        dnormed = dnormed + fp8_gemm(c, s, w_codes.t(), w_scales.t(), 128, None, torch.float32)
     dx, dnorm = norm.rms_norm_backward(dnormed.bfloat16(), x_codes, x_scales, rstd, norm_weight, None)
     # Rounding of gate, up and dh differs in the last bit here and there, which moves single codes.
     close((out, *grads), (want_out, dx, dnorm, dgate, dup, ddown), 1e-2)
