@@ -115,6 +115,32 @@ def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
         )
 
 
+def attends(lengths, heads, kv_heads, dim, page_size):
+    """Packed sequences, and their last one, three and all rows over pages."""
+    op = torch.ops.eightfold
+    starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
+    tokens, count = sum(lengths), len(lengths)
+    q, k, v = (torch.randn(tokens, h, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
+    out, lse = op.attention(q, k, v, starts, max(lengths), 0.1, True)
+    op.attention_backward(out, q, k, v, out, lse, starts, max(lengths), 0.1, True)
+    most = -(-max(lengths) // page_size)
+    pages = torch.randperm(count * most, device="cuda", dtype=torch.int32).view(count, most)
+    places = torch.cat([torch.arange(n, device="cuda") for n in lengths])
+    owners = torch.repeat_interleave(torch.arange(count, device="cuda"), torch.tensor(lengths, device="cuda"))
+    slots = pages[owners, places // page_size].long() * page_size + places % page_size
+    shape = (count * most, kv_heads, page_size, dim)
+    k_pages, v_pages = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    op.paged_store_(k, v, k_pages, v_pages, None, None, slots)
+    codes = [torch.zeros(shape, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
+    op.paged_store_(k, v, *codes, *(torch.zeros(shape[:3], device="cuda") for _ in range(2)), slots)
+    for rows in (1, 3, max(lengths)):
+        few = [min(rows, n) for n in lengths]
+        asked = torch.cat([q[int(end) - n : int(end)] for end, n in zip(starts[1:], few, strict=True)])
+        begins = torch.tensor([0, *few], device="cuda").cumsum(0).int()
+        sizes = torch.tensor(lengths, device="cuda", dtype=torch.int32)
+        op.paged_attention(asked, k_pages, v_pages, None, None, pages, begins, sizes, rows, 0.1)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in FORMATS:
@@ -127,6 +153,9 @@ if __name__ == "__main__":
         plain_products(m, n, k)
     for rows, vocabulary in ((1, 1), (3, 7), (5, 1000), (2, 8192), (3, 50257)):
         draws(rows, vocabulary)
+    attends([1, 130, 17, 700], 4, 2, 64, 16)
+    attends([33, 513], 7, 1, 128, 64)
+    attends([129], 3, 3, 96, 128)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)
