@@ -46,7 +46,7 @@ def test_help_and_version_start_quickly():
     code += "assert not {'transformers', 'matplotlib', 'pydantic', 'tensorboard', 'datasets'} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("info", "train", "generate", "bench", "demo"):
+    for command in ("info", "train", "generate", "export", "bench", "demo"):
         assert f"  {command} " in done.stdout
     assert eightfold("--version").stdout.startswith("eightfold ")
 

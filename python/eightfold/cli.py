@@ -135,6 +135,17 @@ def _generate(args: argparse.Namespace) -> int:
     return run(args)
 
 
+def _export(args: argparse.Namespace) -> int:
+    from eightfold.models.loading import load_decoder, save_decoder
+    from eightfold.train.config import ModelConfig
+
+    model, tokenizer = load_decoder(ModelConfig(path=args.model).resolved())
+    folder = save_decoder(model, args.output, tokenizer, args.format)
+    size = sum(file.stat().st_size for file in folder.rglob("*"))
+    print(f"done: {args.format} model in {folder}, {size / 1e6:,.1f} MB")
+    return 0
+
+
 def _bench(args: argparse.Namespace) -> int:
     root = Path(__file__).resolve().parents[2]  # of a clone; a wheel holds the same files as eightfold.bench
     in_clone = (root / "bench" / "__main__.py").exists()
@@ -227,6 +238,17 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
     generate.set_defaults(run=_generate)
 
+    export = commands.add_parser("export", help="write a model for transformers, vLLM or SGLang, in FP8 or bf16")
+    export.add_argument("model", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2")
+    export.add_argument("output", help="folder: a new name, empty, or a saved model to replace")
+    export.add_argument(
+        "--format",
+        choices=("fp8", "bf16"),
+        default="fp8",
+        help="fp8 (default): the codes and 128x128 scales that FP8 products use, the rest bf16",
+    )
+    export.set_defaults(run=_export)
+
     bench = commands.add_parser("bench", help="time the kernels of this machine")
     bench.add_argument(
         "families", nargs="*", help="default: all kernels; step: layers and training steps, also by part"
@@ -240,7 +262,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run")
     demo.set_defaults(run=_demo)
 
-    for command in (info, train, rl, generate, bench, demo):
+    for command in (info, train, rl, generate, export, bench, demo):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 

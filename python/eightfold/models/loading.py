@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
 from eightfold.models.gguf_loading import read_gguf
+from eightfold.models.interchange import CODES, QUANTIZATION, Format, check_quantization, dequantized, in_format
 from eightfold.models.packaged import smollm2
 from eightfold.models.precision import Precision
 
@@ -33,7 +34,8 @@ def load_decoder(
 
     `path` is a folder with config.json and model.safetensors (or its index and shards), or a .gguf file, whose weights
     are dequantised, or "smollm2" for the packaged model (fetched on first use). `precision`: see Decoder. `dtype` of
-    the parameters: None keeps the file's (fp32 for GGUF).
+    the parameters: None keeps the file's (fp32 for GGUF). A folder of FP8 weights (`models.interchange`) gives codes *
+    scales, by default float32: quantised again they are the file's codes and scales. Rounded to bf16 they are not.
     Raises FileNotFoundError or ValueError with one line naming the file, and the key or field that is wrong.
     """
     path = smollm2() if str(path) == "smollm2" and not Path(path).exists() else Path(path)
@@ -44,6 +46,9 @@ def load_decoder(
     elif path.is_dir():
         config = read_config(path)
         tensors = read_safetensors(path)
+        if _holds_codes(path, tensors):
+            dtype = torch.float32 if dtype is None else dtype
+            tensors = dequantized(tensors, _weights_file(path), dtype)
     else:
         raise FileNotFoundError(f"{path}: expected a folder, a .gguf file or 'smollm2'")
     model = build_decoder(config, tensors, precision, source=path)
@@ -78,6 +83,23 @@ def read_config(folder: Path) -> DecoderConfig:
         return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{file}: {error}") from None
+
+
+def _holds_codes(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
+    """Whether the folder's weights are FP8, of the one kind that is read; its config.json has been read before."""
+    file = folder / "config.json"
+    quantization = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    if quantization is not None:
+        check_quantization(quantization, file)
+        return True
+    codes = [name for name, tensor in tensors.items() if tensor.dtype == CODES]
+    if codes:
+        raise ValueError(f"{file}: quantization_config: missing, but {codes[0]} is {CODES}")
+    return False
+
+
+def _weights_file(folder: Path) -> Path:
+    return folder / (INDEX if (folder / INDEX).is_file() else SINGLE)
 
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -148,12 +170,16 @@ def load_tokenizer(path: Path):
     return AutoTokenizer.from_pretrained(path)
 
 
-def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None) -> Path:
+def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None, format: Format | None = None) -> Path:
     """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files, such that
     transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same model.
 
+    `format`: None keeps the parameters' dtype; "bf16" rounds them; "fp8" stores the codes and scales of the layers'
+    linears and rounds the rest to bf16 (`models.interchange`).
+
     Everything is written to a temporary folder beside `folder` and then renamed; if that fails (a full disk), the
-    temporary folder is removed and an older `folder` stays as it was. Raises OSError naming the folder.
+    temporary folder is removed and an older `folder` stays as it was. Raises OSError naming the folder, and ValueError
+    naming the argument or the weight that "fp8" cannot hold.
     """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
@@ -161,7 +187,7 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None) -> P
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        write_decoder(model, work, tokenizer)
+        write_decoder(model, work, tokenizer, format)
         work.chmod(0o755)
         _replace_folder(work, folder)
     except Exception as error:
@@ -174,13 +200,17 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None) -> P
     return folder
 
 
-def write_decoder(model: Decoder, folder: Path, tokenizer=None) -> None:
+def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format | None = None) -> None:
     """The writing part of save_decoder, into an existing folder, with no temporary name."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     config = model.config.to_hf()
-    config["torch_dtype"] = str(model.model.embed_tokens.weight.dtype).removeprefix("torch.")
+    if format is not None:
+        tensors = in_format(model, tensors, format)
+    if format == "fp8":
+        config["quantization_config"] = QUANTIZATION
+    config["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     _write_json(folder / "generation_config.json", ids)
