@@ -7,6 +7,8 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from eightfold import cli, ops
@@ -285,7 +287,12 @@ def test_unknown_format(tmp_path):
 
 
 def test_command(tmp_path, capsys):
-    save_decoder(random_model(UNEVEN), tmp_path / "m")
+    words = {word: index for index, word in enumerate(("[UNK]", "one", "two"))}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, "[UNK]")), unk_token="[UNK]"
+    )
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    save_decoder(random_model(UNEVEN), tmp_path / "m", tokenizer)
     for arguments, form in (((), "fp8"), (("--format", "bf16"), "bf16")):
         output = tmp_path / "out" / form
         assert cli.main(["export", str(tmp_path / "m"), str(output), *arguments]) == 0
@@ -293,6 +300,9 @@ def test_command(tmp_path, capsys):
         expected = save_decoder(random_model(UNEVEN), tmp_path / f"expected-{form}", format=form)
         for file in expected.iterdir():
             assert (output / file.name).read_bytes() == file.read_bytes()
+        copied = transformers.AutoTokenizer.from_pretrained(output)
+        assert copied.get_vocab() == transformers.AutoTokenizer.from_pretrained(tmp_path / "m").get_vocab()
+        assert copied.chat_template == tokenizer.chat_template
     # A folder that is exported onto itself stays what it is.
     before = (tmp_path / "out" / "fp8" / "model.safetensors").read_bytes()
     assert cli.main(["export", str(tmp_path / "out" / "fp8"), str(tmp_path / "out" / "fp8")]) == 0
