@@ -103,8 +103,9 @@ def _rl(args: argparse.Namespace) -> int:
         result = train_rl(loaded)
     except Interrupted as stop:
         return _fail(str(stop), INTERRUPTED)
-    print(f"done: curves in {loaded.output}/rewards.png", end="")
-    print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"done: curves in {loaded.output}/rewards.png", end="")
+        print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
     return 0
 
 

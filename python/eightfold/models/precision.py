@@ -15,7 +15,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from eightfold.models.head import logits
-from eightfold.nn import WeightCache
+from eightfold.nn import ServedCodes, WeightCache
 from eightfold.nn import functional as fused
 from eightfold.ops import rotary
 
@@ -140,8 +140,11 @@ class FP8(BF16):
         super().__init__()
         self.save = save
         self._caches: dict[nn.Linear, WeightCache] | None = None
+        self.served: ServedCodes | None = None  # codes from elsewhere: then no linear's weight is read
 
     def _cache(self, layer):
+        if self.served is not None:
+            return self.served
         return None if self._caches is None else self._caches.setdefault(layer, WeightCache())
 
     def linear(self, x, layer):

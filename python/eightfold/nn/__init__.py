@@ -1,7 +1,7 @@
 """Layers that compute and save in FP8, and `convert`, which puts them into a model."""
 
 from eightfold.nn import functional
-from eightfold.nn._products import WeightCache
+from eightfold.nn._products import ServedCodes, WeightCache
 from eightfold.nn.convert import DEFAULT_EXCLUDE, ConversionReport, convert
 from eightfold.nn.linear import FP8Linear, cache_weights
 from eightfold.nn.mlp import FP8SwiGLU
@@ -13,6 +13,7 @@ __all__ = [
     "FP8Linear",
     "FP8RMSNorm",
     "FP8SwiGLU",
+    "ServedCodes",
     "WeightCache",
     "cache_weights",
     "convert",

@@ -58,6 +58,31 @@ class WeightCache:
         return WeightCache, ()
 
 
+class ServedCodes(WeightCache):
+    """Codes of many weights, made elsewhere: one cache for all layers of a model, whose weights are never read."""
+
+    def clear(self) -> None:
+        self._each: dict[Tensor, Codes] = {}
+        self._stacks: dict[tuple[Tensor, ...], Codes] = {}
+
+    def put(self, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
+        """(128, 128) codes and scales of ``weight``, once."""
+        self._each[weight] = codes, scales
+
+    def codes(self, *weights: Tensor) -> Codes:
+        if len(weights) == 1:
+            return self._each[weights[0]]
+        if weights not in self._stacks:
+            codes, scales = zip(*(self._each[weight] for weight in weights), strict=True)
+            stack = torch.cat([each.view(torch.uint8) for each in codes]).view(codes[0].dtype)
+            stack_scales = torch.cat(scales)
+            # What they were stacked from becomes views: a byte an element is kept, not two.
+            parts = stack.split([len(each) for each in codes]), stack_scales.split([len(each) for each in scales])
+            self._each.update(zip(weights, zip(*parts, strict=True), strict=True))
+            self._stacks[weights] = stack, stack_scales
+        return self._stacks[weights]
+
+
 def can_stack(weights: Sequence[Tensor]) -> bool:
     """Whether ``weights`` share products."""
     return (

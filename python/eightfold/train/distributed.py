@@ -41,11 +41,11 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def together(self, error: str | None) -> None:
-        """Raises OSError in every process when one of them hit ``error``; also a barrier."""
+    def together(self, error: str | None, kind: type[Exception] = OSError) -> None:
+        """Raises ``kind`` in every process when one of them hit ``error``; also a barrier."""
         errors = [message for message in self.gather(error) if message]
         if errors:
-            raise OSError(errors[0])
+            raise kind(errors[0])
 
 
 @contextlib.contextmanager
@@ -105,7 +105,8 @@ def shard(model: nn.Module, world: World) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    register_fsdp_forward_method(model, "loss")
+    for method in ("loss", "token_log_probs"):
+        register_fsdp_forward_method(model, method)
 
 
 def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -67,18 +67,17 @@ def demo_config(source: Path, output: Path, mode: str, steps: int) -> RlConfig:
 
 
 def summary(records: list[dict[str, Any]]) -> dict[str, float]:
-    """The figures of a mode; rewards are means of the first and the last third of its steps."""
-    third = max(1, len(records) // 3)
+    """The figures of a mode; rewards are means of its first and last steps, as many as the compared modes have."""
     rewards = [record["reward_mean"] for record in records]
-    warm = records[third:] or records
+    warm = records[1:] or records
 
     def mean(found: list[dict[str, Any]], key: str) -> float:
         return sum(record[key] for record in found) / len(found)
 
     return {
         "steps": len(records),
-        "reward_first": sum(rewards[:third]) / third,
-        "reward_last": sum(rewards[-third:]) / third,
+        "reward_first": sum(rewards[:COMPARED]) / len(rewards[:COMPARED]),
+        "reward_last": sum(rewards[-COMPARED:]) / len(rewards[-COMPARED:]),
         "delta_logp_max": max(record["delta_logp_max"] for record in records),
         "delta_logp_mean": mean(records, "delta_logp_mean"),
         "rollout_tokens_per_second": mean(warm, "rollout_tokens_per_second"),
@@ -94,12 +93,12 @@ def print_table(figures: dict[str, dict[str, float]]) -> None:
     table.add_column("")
     for mode, (training, rollout) in MODES.items():
         shown = training if rollout == "same" else rollout
-        table.add_column(f"{mode}: {training} training, {shown} rollout", justify="right")
+        table.add_column(f"{mode}\n{training} training\n{shown} rollout", justify="right")
     for label, key, form in (
         ("steps", "steps", "{:.0f}"),
-        ("mean reward, first third", "reward_first", "{:.3f}"),
-        ("mean reward, last third", "reward_last", "{:.3f}"),
-        ("max |delta log p|, rollout and training", "delta_logp_max", "{:.3g}"),
+        (f"mean reward, first {COMPARED} steps", "reward_first", "{:.3f}"),
+        (f"mean reward, last {COMPARED} steps", "reward_last", "{:.3f}"),
+        ("max |delta log p|", "delta_logp_max", "{:.3g}"),
         ("mean |delta log p|", "delta_logp_mean", "{:.3g}"),
         ("rollout (tokens drawn/s)", "rollout_tokens_per_second", "{:,.0f}"),
         ("training (tokens/s)", "training_tokens_per_second", "{:,.0f}"),

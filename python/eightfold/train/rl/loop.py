@@ -1,5 +1,5 @@
-"""GRPO: rollout, rewards, advantages, update; one function, ``train_rl(config)`` (arXiv 2402.03300; Jet-RL, arXiv
-2601.14243).
+"""GRPO: rollout, rewards, advantages, update; one function, ``train_rl(config)``, in one process or many under torchrun
+(arXiv 2402.03300; Jet-RL, arXiv 2601.14243).
 
 Modes, by ``model.precision`` and ``rollout.precision``: bf16 and same; bf16 and fp8, whose rollout is another policy
 than the one trained; fp8 and same, the unified flow, in which the log-probabilities of rollout and training have the
@@ -36,6 +36,7 @@ from eightfold.train.rl.meters import SampleMeters, TokenMeters
 from eightfold.train.rl.objective import loss_denominator, policy_loss
 from eightfold.train.rl.report import plot_rewards
 from eightfold.train.rl.rewards import Verdict, VerifierPool, VerifierSource
+from eightfold.train.rl.sharing import PolicyCopy, agreeing, dealt_out, own_part, same_passes
 from eightfold.train.rl.tasks import PromptItem, Prompts, load_task
 
 
@@ -53,8 +54,6 @@ def train_rl(config: RlConfig, model: Decoder | None = None, tokenizer: Any = No
     Raises ValueError or OSError with one line for what a user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
     with distributed.start(config.device) as world:
-        if world.size > 1:
-            raise ValueError(f"rl: one process for now, got {world.size}")
         torch.manual_seed(config.seed)
         if model is None:
             model, tokenizer = load_model(config.model, world.device)
@@ -67,17 +66,26 @@ class _Run:
     def __init__(self, config, model, tokenizer, world: World, verifiers: VerifierPool, name: str) -> None:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.verifiers = verifiers
+        if config.prompts_per_step % world.size:
+            raise ValueError(f"prompts_per_step={config.prompts_per_step} cannot be shared by {world.size} processes")
         task = load_task(config.task, config.seed, config.reward.function is None)
         self.prompts = Prompts(task, tokenizer, config.prompt, config.seed)
-        self.optimizer = make_optimizer(model, config.optimizer, config.model.precision)
-        rollout = config.rollout
-        options = RolloutOptions(-(-rollout.cache_tokens // rollout.page_size), rollout.page_size, rollout.sequences)
-        sampled = model if rollout.precision == "same" else model.in_precision(rollout.precision)
-        self.rollout = Rollout(sampled, options, tokenizer)
-        self.stop_ids = frozenset(stop_ids(model.config.eos_token_id, tokenizer.eos_token_id))
         self.reference = None
         if config.objective.kl_coefficient:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
+            distributed.shard(self.reference, world)
+        distributed.shard(model, world)
+        self.optimizer = make_optimizer(model, config.optimizer, config.model.precision)
+        rollout = config.rollout
+        options = RolloutOptions(-(-rollout.cache_tokens // rollout.page_size), rollout.page_size, rollout.sequences)
+        precision = model.precision if rollout.precision == "same" else rollout.precision
+        self.policy_copy = PolicyCopy(model, precision) if world.size > 1 else None
+        if self.policy_copy is not None:
+            sampled = self.policy_copy.decoder
+        else:
+            sampled = model if precision == model.precision else model.in_precision(precision)
+        self.rollout = Rollout(sampled, options, tokenizer)
+        self.stop_ids = frozenset(stop_ids(model.config.eos_token_id, tokenizer.eos_token_id))
         self.step = 0
         self.result = RlResult()
         if config.resume:
@@ -85,7 +93,7 @@ class _Run:
         elif checkpoint.complete(config.output):
             raise ValueError(f"{config.output}: already holds checkpoints; go on with resume=latest, or choose another")
         self.log = RunLog(
-            config.output, config.steps, self.step, tensorboard=config.tensorboard, quiet=False, name=name
+            config.output, config.steps, self.step, tensorboard=config.tensorboard, quiet=not world.leads, name=name
         )
 
     def run(self) -> RlResult:
@@ -96,7 +104,7 @@ class _Run:
                     self._one_step()
                     last, stopping = self.step == config.steps, stop.agreed()
                     every = config.checkpoint_every
-                    if last or stopping:
+                    if (last or stopping) and self.world.leads:
                         plot_rewards(Path(config.output) / "rewards.png", {self._mode(): read_log(self.log.path)})
                     if stopping or (last and config.checkpoint_at_end) or (every and self.step % every == 0):
                         self._save()
@@ -111,48 +119,55 @@ class _Run:
         return f"{training} training, {training if rollout == 'same' else rollout} rollout"
 
     def _one_step(self) -> None:
-        config, begin = self.config, time.perf_counter()
-        items = self.prompts.take(config.prompts_per_step)
-        groups = self._roll_out(items)
-        rolled = time.perf_counter()
+        config, world, begin = self.config, self.world, time.perf_counter()
+        # Every process walks through all prompts, so that their place is one wherever a run goes on.
+        items = own_part(self.prompts.take(config.prompts_per_step), world)
+        if self.policy_copy is not None:
+            self.policy_copy.receive()
+        with agreeing(world):
+            groups = self._roll_out(items)
+            rolled = time.perf_counter()
+            verdicts = self.verifiers.collect()
         completions = [completion for group in groups for completion in group]
         owners = [item for item, group in zip(items, groups, strict=True) for _ in group]
-        verdicts = self.verifiers.collect()
         failures = sum(verdict.failure is not None for verdict in verdicts)
         rewards = torch.tensor([verdict.reward for verdict in verdicts], dtype=torch.float64)
         lengths = torch.tensor([len(completion.tokens) for completion in completions])
         penalties = overlong_penalties(lengths, config.max_new_tokens, config.overlong) if config.overlong else None
         numbers = torch.arange(len(items)).repeat_interleave(config.samples_per_prompt)
         advantages = group_advantages(rewards, numbers, config.advantage, penalties)
-        samples = [
+        everything = [
             Sample(item.ids, completion, config.rollout.temperature, advantage)
-            for item, completion, advantage, kept in zip(
-                owners, completions, advantages.values.tolist(), advantages.kept.tolist(), strict=True
-            )
-            if kept
+            for item, completion, advantage in zip(owners, completions, advantages.values.tolist(), strict=True)
         ]
+        samples = [sample for sample, kept in zip(everything, advantages.kept.tolist(), strict=True) if kept]
         judged = time.perf_counter()
-        losses, tokens, norm, rate = self._update(samples)
+        losses, tokens, norm, rate = self._update(samples, everything[0])
         ended = time.perf_counter()
         self.step += 1
         truncated = torch.tensor([completion.finish == "length" for completion in completions])
-        drawn = int(lengths.sum())
+        watched = SampleMeters.of(rewards, lengths, truncated, advantages, failures).over(world)
+        trained = world.sum([float(sum(sample.tokens for sample in samples))])[0]
+        # The slowest process is the one that the others wait for.
+        spans = world.gather((rolled - begin, ended - judged, ended - begin))
+        rollout_seconds, training_seconds, seconds = (max(each) for each in zip(*spans, strict=True))
         record = {
             "step": self.step,
             "loss": sum(losses) / max(1, len(losses)),
-            **SampleMeters.of(rewards, lengths, truncated, advantages, failures).means(),
-            **tokens.means(),
+            **watched.means(),
+            **tokens.over(world).means(),
             "lr": rate,
             "grad_norm": norm,
-            "rollout_tokens_per_second": drawn / (rolled - begin),
-            "training_tokens_per_second": sum(sample.tokens for sample in samples) / (ended - judged),
-            "tokens_per_second": drawn / (ended - begin),
+            "rollout_tokens_per_second": watched.length / rollout_seconds,
+            "training_tokens_per_second": trained / training_seconds,
+            "tokens_per_second": watched.length / seconds,
             "memory_bytes": memory_bytes(self.world.device),
         }
         if not all(math.isfinite(loss) for loss in losses):
             self._fail(record, owners, completions, verdicts)
-        if failures and self.verifiers.first_failure:
-            self.log.say(self.verifiers.first_failure)
+        first_failures = [failure for failure in world.gather(self.verifiers.first_failure) if failure]
+        if watched.verifier_failures and first_failures:
+            self.log.say(first_failures[0])
         self.result.records.append(record)
         self.log.write(record)
 
@@ -160,6 +175,7 @@ class _Run:
         """Completions of each prompt; each is handed to the verifiers in the order of prompts when all are drawn."""
         config = self.config
         options = SamplingOptions(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p)
+        first = self.world.rank * len(items)  # a prompt's place in the whole step, which its seed depends on
         requests = [
             Request(
                 item.ids,
@@ -170,7 +186,7 @@ class _Run:
                 stop_ids=self.stop_ids,
                 stop=tuple(config.rollout.stop),
             )
-            for number, item in enumerate(items)
+            for number, item in enumerate(items, first)
         ]
         groups = self.rollout.generate(requests)
         for item, group in zip(items, groups, strict=True):
@@ -184,30 +200,34 @@ class _Run:
             text = text.partition(stop)[0]
         return text
 
-    def _update(self, samples: list[Sample]) -> tuple[list[float], TokenMeters, float, float]:
-        """Optimizer steps on shares of the samples: their losses, the meters, the last gradient norm and rate."""
-        config, losses, meters, norm = self.config, [], TokenMeters(), 0.0
+    def _update(self, samples: list[Sample], spare: Sample) -> tuple[list[float], TokenMeters, float, float]:
+        """Optimizer steps on shares of the samples: their losses over all processes, this one's meters, the last
+        gradient norm and rate. ``spare``: computed, without counting, where other processes have more to compute."""
+        config, world, losses, meters, norm = self.config, self.world, [], TokenMeters(), 0.0
         rate = learning_rate(config.optimizer, self.step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        shares = [samples[i :: config.updates_per_step] for i in range(config.updates_per_step)]
         shares = [
-            [pack(part, self.world.device) for part in parts(share, config.micro_batch_tokens)] for share in shares
+            [pack(part, world.device) for part in parts(share, config.micro_batch_tokens)]
+            for share in dealt_out(samples, config.updates_per_step, world)
         ]
+        denominators = world.sum(
+            [sum(loss_denominator(packed.batch, config.objective) for packed in share) for share in shares]
+        )
+        shares = same_passes(shares, spare, world.device, world)
         if config.updates_per_step > 1:  # before the first update changes the policy that they are compared with
             shares = [[self._with_old(packed) for packed in share] for share in shares]
-        for share in shares:
-            denominator = sum(loss_denominator(packed.batch, config.objective) for packed in share)
-            total = torch.zeros((), device=self.world.device)
+        for share, denominator in zip(shares, denominators, strict=True):
+            total = torch.zeros((), device=world.device)
             for packed in share:
                 batch = self._with_reference(packed)
                 loss, found = policy_loss(packed.log_probs(self.model), batch, config.objective, denominator)
-                loss.backward()
+                (loss * world.size).backward()  # FSDP averages gradients over the processes
                 total += loss.detach()
                 meters = meters + found
             if share:
                 norm = self._optimize()
-                losses.append(total.item())
+                losses += world.sum([total.item()])
         return losses, meters, norm, rate
 
     def _with_old(self, packed: PackedSamples) -> PackedSamples:
@@ -230,7 +250,7 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm.item()
+        return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
     def _fail(self, record: dict, owners: list[PromptItem], completions: list[Completion], verdicts: list[Verdict]):
         path = Path(self.config.output) / f"failed-step-{self.step}.json"
@@ -238,7 +258,9 @@ class _Run:
             {"prompt": item.text, "text": self._text(completion), **vars(completion), **vars(verdict)}
             for item, completion, verdict in zip(owners, completions, verdicts, strict=True)
         ]
-        path.write_text(json.dumps({"record": record, "samples": samples}, indent=1) + "\n")
+        samples = [sample for part in self.world.gather(samples) for sample in part]
+        if self.world.leads:
+            path.write_text(json.dumps({"record": record, "samples": samples}, indent=1) + "\n")
         raise ValueError(f"step {self.step}: the loss is {record['loss']}; the step's samples are in {path}")
 
     def _save(self) -> None:

@@ -35,7 +35,8 @@ class RewardOptions:
 
     function: a user's verifier, ``package.module:function`` or ``path/to/file.py:function``; without, the scorer of
     the reasoning-gym task, or math-verify for a JSON lines file. extraction: where a reasoning-gym answer is looked
-    for. workers: processes. time_limit: seconds an item. low, high: the range that a reward must lie in.
+    for. workers: processes, of each process of the run. time_limit: seconds an item. low, high: the range that a reward
+    must lie in.
     """
 
     function: str | None = None
