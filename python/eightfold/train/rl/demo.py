@@ -1,7 +1,7 @@
 """`eightfold rl --demo`: SmolLM2-135M-Instruct learns to add, in each mode of precision, on a CPU in minutes.
 
 Every figure is measured in this run. In the unified flow (FP8 training, FP8 rollout) the log-probabilities of rollout
-and training have the same bits; where training computes in bf16 they have not.
+and training have the same bits; an FP8 rollout of a policy that is trained in bf16 is far from it.
 """
 
 from __future__ import annotations
