@@ -111,6 +111,11 @@ def test_round_trip(tmp_path, config, dtype):
         assert (tmp_path / "b" / file.name).read_bytes() == file.read_bytes()
 
 
+def test_whoever_may_read_the_config_may_read_the_weights(exported):
+    weights, config = ((exported / name).stat().st_mode for name in ("model.safetensors", "config.json"))
+    assert oct(weights) == oct(config)
+
+
 @torch.no_grad()
 def test_logits_of_an_import_are_those_of_the_model(exported):
     """Bit for bit, where the parameters that an export rounds to bf16 held bf16 values."""

@@ -215,6 +215,7 @@ def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format |
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
     _write_json(folder / "generation_config.json", ids)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
