@@ -184,6 +184,15 @@ class _Version(argparse.Action):
         parser.exit()
 
 
+def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
+    """What `_settings` reads, but for the flags that a command words itself."""
+    parser.add_argument("config", nargs="?", help="YAML file")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help=f"e.g. {example}")
+    parser.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="as a flag")
+    parser.add_argument("--model", help="Hugging Face folder, .gguf file, or smollm2")
+    parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eightfold", description="FP8 training and generation kernels for torch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -199,15 +208,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Fine-tunes a model on text. Settings come from a YAML file, then from key=value overrides, then "
         "from flags. For several processes: torchrun --nproc-per-node N -m eightfold.cli train ...",
     )
-    train.add_argument("config", nargs="?", help="YAML file")
-    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. optimizer.lr=1e-4")
-    train.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="the same, as a flag")
-    train.add_argument("--model", help="Hugging Face folder, .gguf file, or smollm2")
+    _add_settings(train, "optimizer.lr=1e-4")
     train.add_argument("--data", help="text file, folder, .jsonl file or saved dataset")
     train.add_argument("--output", help="folder for logs, the loss curve and checkpoints (default: run)")
     train.add_argument("--precision", help="fp8, bf16 or fp32")
     train.add_argument("--steps", type=int, help="optimizer steps")
-    train.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
     train.set_defaults(run=_train)
 
     rl = commands.add_parser(
@@ -216,14 +221,10 @@ def _parser() -> argparse.ArgumentParser:
         description="GRPO: the model answers prompts, a verifier rewards the answers, the model learns from them. "
         "Settings come from a YAML file, then from key=value overrides, then from flags.",
     )
-    rl.add_argument("config", nargs="?", help="YAML file")
-    rl.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="e.g. task.name=chain_sum")
-    rl.add_argument("--set", action="extend", nargs="+", default=[], metavar="key=value", help="the same, as a flag")
-    rl.add_argument("--model", help="Hugging Face folder, .gguf file, or smollm2")
+    _add_settings(rl, "task.name=chain_sum")
     rl.add_argument("--output", help="folder for logs, pictures and checkpoints (default: run)")
     rl.add_argument("--precision", help="of training: fp8, bf16 or fp32")
     rl.add_argument("--steps", type=int, help="steps of rollout and update")
-    rl.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
     rl.add_argument("--demo", action="store_true", help="SmolLM2-135M learns sums, in each mode of precision, on a CPU")
     rl.set_defaults(run=_rl)
 

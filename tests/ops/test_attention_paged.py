@@ -25,7 +25,7 @@ def last_rows(q, starts, lengths, most):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_against_float64(shape, dtype, page_size, device):
-    skip_what_cuda_lacks(device, dtype, shape[2])
+    skip_what_cuda_lacks(device, dtype, shape[2], page_size)
     q, k, v, starts = packed(LENGTHS, *shape, dtype, device)
     cache = Cache(LENGTHS, shape[1], shape[2], dtype, device, page_size)
     cache.store(k, v, starts)
@@ -44,7 +44,7 @@ def test_against_float64(shape, dtype, page_size, device):
 @pytest.mark.parametrize("dim", [64, 128, 32])
 def test_codes_are_their_values(dim, dtype, device):
     """Over E4M3 pages: the bits of attention over the bfloat16 keys and values that they stand for."""
-    skip_what_cuda_lacks(device, dtype, dim)
+    skip_what_cuda_lacks(device, dtype, dim, codes=True)
     lengths = [1, 40, 129, 600]
     q, k, v, starts = packed(lengths, 7, 1, dim, dtype, device)
     cache = Cache(lengths, 1, dim, dtype, device, page_size=32, codes=True)
@@ -98,6 +98,7 @@ def test_last_of_a_slot_stays():
 @pytest.mark.parametrize("codes", [False, True])
 def test_what_is_not_a_key_does_not_matter(codes, device):
     """Pages beyond a length, unused pages, places after the last key, page numbers that stand for nothing."""
+    skip_what_cuda_lacks(device, codes=codes)
     lengths = [5, 16, 130, 513]
     q, k, v, starts = packed(lengths, 4, 2, 64, torch.bfloat16, device)
     cache = Cache(lengths, 2, 64, torch.bfloat16, device, codes=codes)
@@ -124,20 +125,33 @@ def test_sequences_without_rows(device):
     assert cache.attend(q[:0], starts_of([0, 0], device), lengths).shape == (0, 4, 64)
 
 
-def test_public_functions(device):
+@pytest.mark.parametrize("codes", [False, True])
+def test_public_functions(codes, device):
+    skip_what_cuda_lacks(device, codes=codes)
     q, k, v, starts = packed([40], 4, 2, 64, torch.bfloat16, device)
-    for codes in (False, True):
-        cache = Cache([40], 2, 64, torch.bfloat16, device, codes=codes)
-        scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
-        lengths = torch.tensor([40], dtype=torch.int32, device=device)
-        public.paged_store_(k, v, cache.k_pages, cache.v_pages, cache.slots(0, 0, 40), **scales)
-        out = public.paged_attention(q, cache.k_pages, cache.v_pages, cache.pages, starts, lengths, **scales)
-        assert torch.equal(out, cache.attend(q, starts, [40]))
-        assert relative(out, exact(q, k, v, starts)) < (0.05 if codes else 3e-3)
+    cache = Cache([40], 2, 64, torch.bfloat16, device, codes=codes)
+    scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
+    lengths = torch.tensor([40], dtype=torch.int32, device=device)
+    public.paged_store_(k, v, cache.k_pages, cache.v_pages, cache.slots(0, 0, 40), **scales)
+    out = public.paged_attention(q, cache.k_pages, cache.v_pages, cache.pages, starts, lengths, **scales)
+    assert torch.equal(out, cache.attend(q, starts, [40]))
+    assert relative(out, exact(q, k, v, starts)) < (0.05 if codes else 3e-3)
+
+
+@pytest.mark.gpu
+def test_what_cuda_refuses():
+    q, *_, starts = packed([40], 4, 2, 64, torch.bfloat16, "cuda")
+    for page_size, codes, message in (
+        (16, True, "must be bfloat16 on CUDA"),
+        (48, False, "multiple of 128 keys on CUDA"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            Cache([40], 2, 64, torch.bfloat16, "cuda", page_size, codes).attend(q, starts, [40])
 
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_torch_citizen(codes, device):
+    skip_what_cuda_lacks(device, codes=codes)
     q, k, v, starts = packed([9, 40], 4, 2, 64, torch.bfloat16, device)
     cache = Cache([9, 40], 2, 64, torch.bfloat16, device, codes=codes)
     cache.store(k, v, starts)
