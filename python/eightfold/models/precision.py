@@ -6,6 +6,8 @@ the new stream, because one kernel does both.
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -62,8 +64,46 @@ class _SwiGLU(torch.autograd.Function):
         return d_gate.to(dtype), (grad * gate * s).to(dtype)
 
 
+class KeptWeights:
+    """What passes with constant weights make of them, at addresses that stay while this object lives, as CUDA graphs
+    ask for: FP8 codes, and weights rounded to `dtype` (on the CPU widened to fp32 again, which it multiplies faster).
+    `refresh()` makes all of it again of the weights of the moment."""
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype  # of the products that are not FP8
+        self.codes: defaultdict[nn.Linear, WeightCache] = defaultdict(WeightCache)
+        self._rounded: dict[nn.Linear, torch.Tensor] = {}
+        self._widened: dict[nn.Linear, torch.Tensor] = {}
+
+    def rounded(self, layer: nn.Linear) -> torch.Tensor:
+        """The layer's weight in `dtype`: itself, where it has it."""
+        if layer.weight.dtype == self.dtype:
+            return layer.weight.detach()
+        return self._keep(self._rounded, layer, self.dtype)
+
+    def widened(self, layer: nn.Linear) -> torch.Tensor:
+        """The same values in fp32."""
+        return self._keep(self._widened, layer, torch.float32)
+
+    def _keep(self, store: dict[nn.Linear, torch.Tensor], layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
+        if layer not in store:
+            with torch.inference_mode(False):
+                store[layer] = layer.weight.detach().to(self.dtype).to(dtype)
+        return store[layer]
+
+    def refresh(self) -> None:
+        for cache in self.codes.values():
+            cache.refresh()
+        for store in (self._rounded, self._widened):
+            for layer, kept in store.items():
+                kept.copy_(layer.weight.detach().to(self.dtype))
+
+
 class FP32:
     dtype = torch.float32
+
+    def __init__(self):
+        self._kept: KeptWeights | None = None
 
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
@@ -97,55 +137,46 @@ class FP32:
         return logits(x, layer.weight)
 
     @contextmanager
-    def constant_weights(self):
-        """For inference: inside, weights must not change, and what is made from them (FP8 codes; on the CPU the
-        bf16-rounded weights, widened to fp32) is kept from one forward to the next."""
-        yield
+    def constant_weights(self, kept: KeptWeights | None = None):
+        """For inference: inside, weights must not change, and what is made from them is kept from one forward to the
+        next; in `kept`, if given, also from one such time to the next."""
+        before = self._kept
+        self._kept = KeptWeights(self.dtype) if kept is None else kept
+        try:
+            yield
+        finally:
+            self._kept = before
 
 
 class BF16(FP32):
     dtype = torch.bfloat16
 
-    def __init__(self):
-        self._kept: dict[nn.Linear, torch.Tensor] | None = None
-
     def linear(self, x, layer):
-        if not self._keeps(layer):
+        if self._kept is None:
             return fused.bf16_linear(x, layer.weight, layer.bias)
+        if layer.weight.device.type != "cpu":
+            return fused.bf16_linear(x, self._kept.rounded(layer), layer.bias)
         bias = None if layer.bias is None else layer.bias.to(self.dtype).float()
-        return F.linear(x.float(), self._widened(layer), bias).to(self.dtype)
+        return F.linear(x.float(), self._kept.widened(layer), bias).to(self.dtype)
 
     def head(self, x, layer):
-        return F.linear(x.float(), self._widened(layer)) if self._keeps(layer) else super().head(x, layer)
-
-    def _keeps(self, layer):
-        return self._kept is not None and layer.weight.device.type == "cpu"
-
-    def _widened(self, layer):
-        if layer not in self._kept:
-            self._kept[layer] = layer.weight.detach().to(self.dtype).float()
-        return self._kept[layer]
-
-    @contextmanager
-    def constant_weights(self):
-        self._kept = {}
-        try:
-            yield
-        finally:
-            self._kept = None
+        if self._kept is None or layer.weight.device.type != "cpu":
+            return super().head(x, layer)
+        return F.linear(x.float(), self._kept.widened(layer))
 
 
 class FP8(BF16):
     def __init__(self, save: Save = "columns"):
         super().__init__()
         self.save = save
-        self._caches: dict[nn.Linear, WeightCache] | None = None
+        self.codes: Mapping[nn.Linear, WeightCache] | None = None  # if given, also passes with gradients use them
         self.served: ServedCodes | None = None  # codes from elsewhere: then no linear's weight is read
 
     def _cache(self, layer):
         if self.served is not None:
             return self.served
-        return None if self._caches is None else self._caches.setdefault(layer, WeightCache())
+        codes = self.codes if self._kept is None else self._kept.codes
+        return None if codes is None else codes[layer]
 
     def linear(self, x, layer):
         return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer))
@@ -180,15 +211,6 @@ class FP8(BF16):
         weights, caches = [l.weight for l in layers], [self._cache(l) for l in layers]
         stream, out = fused.fp8_norm_swiglu_mlp(x, norm.weight, norm.eps, *weights, residual, caches=caches)
         return x if stream is None else stream, out
-
-    @contextmanager
-    def constant_weights(self):
-        self._caches = {}
-        try:
-            with super().constant_weights():
-                yield
-        finally:
-            self._caches = None
 
 
 STRATEGIES = {"fp32": FP32, "bf16": BF16, "fp8": FP8}

@@ -33,10 +33,11 @@ Codes = tuple[Tensor, Tensor]  # codes and scales
 
 class WeightCache:
     """Keeps the (128, 128) codes of a parameter, or of several as one, while each is the same object, storage and
-    version: 1 byte an element.
+    version: 1 byte an element. Codes of another version take the place of those before, at their address: a CUDA graph
+    that reads them goes on with the new ones.
 
-    Writes that torch does not count (through `.data` or another library's kernels) need `clear()`. Not used while
-    compiling, nor for parameters made in inference mode, which have no version.
+    Writes that torch does not count (through `.data` or another library's kernels) need `clear()` or `refresh()`. Not
+    used while compiling, nor for parameters made in inference mode, which have no version.
     """
 
     def __init__(self) -> None:
@@ -49,13 +50,32 @@ class WeightCache:
         if any(weight.is_inference() for weight in weights):
             return _cast(weights)
         key = [(weight._version, weight.data_ptr(), weight.shape) for weight in weights]
-        if self._key != key or not all(ref() is weight for ref, weight in zip(self._weights, weights, strict=True)):
-            self._codes = _cast(weights)
+        same = len(self._weights) == len(weights) and all(r() is w for r, w in zip(self._weights, weights, strict=True))
+        if not same or self._key != key:
+            with torch.inference_mode(False), torch.no_grad():  # made while generating, written again while training
+                codes = _cast(weights)
+                self._codes = write_over(self._codes, codes) if same else codes
             self._weights, self._key = tuple(weakref.ref(weight) for weight in weights), key
         return self._codes
 
+    def refresh(self) -> None:
+        """Casts what is kept again, whatever its version."""
+        weights = tuple(reference() for reference in self._weights)
+        if weights and all(weight is not None for weight in weights):
+            self._key = None
+            self.codes(*weights)
+
     def __reduce__(self):  # copies and pickles of a layer start empty
         return WeightCache, ()
+
+
+def write_over(kept: Codes | None, codes: Codes) -> Codes:
+    """``codes`` at the addresses of ``kept``, where they fit."""
+    if kept is None or any(old.shape != new.shape or old.device != new.device for old, new in zip(kept, codes)):
+        return codes
+    kept[0].view(torch.uint8).copy_(codes[0].view(torch.uint8))
+    kept[1].copy_(codes[1])
+    return kept
 
 
 class ServedCodes(WeightCache):
@@ -66,8 +86,11 @@ class ServedCodes(WeightCache):
         self._stacks: dict[tuple[Tensor, ...], Codes] = {}
 
     def put(self, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """(128, 128) codes and scales of ``weight``, once."""
-        self._each[weight] = codes, scales
+        """(128, 128) codes and scales of ``weight``; in the place of those before."""
+        self._each[weight] = write_over(self._each.get(weight), (codes, scales))
+
+    def refresh(self) -> None:
+        """Nothing: whoever made the codes puts new ones."""
 
     def codes(self, *weights: Tensor) -> Codes:
         if len(weights) == 1:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from eightfold import reference
 from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
-from eightfold.reference import attention as reference
 
 _ops = torch.ops.eightfold
 _BACKWARD = "eightfold::attention_backward"
