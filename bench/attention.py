@@ -1,6 +1,8 @@
-"""Attention whose rows keep their bits: training forward (half of the square counts), and decoding over pages.
+"""Attention whose rows keep their bits: training forward (half of the square counts), decoding over pages, and what
+lies between the projection and these.
 
-The ceiling of the first is an E4M3 product, twice what bf16 operands can reach; of the second the bytes of its keys.
+The ceiling of the first is an E4M3 product, twice what bf16 operands can reach; of the second the bytes of its keys; of
+the third q, k and v read and written once.
 """
 
 import torch
@@ -22,6 +24,10 @@ def run(bench: Bench) -> None:
     caches = ((64, 1024, 28, 4, 128), (64, 1024, 32, 8, 128), (64, 1024, 32, 32, 128), (16, 4096, 32, 8, 128))
     for cache in caches if cuda else ((8, 512, 9, 3, 64),):
         bench.add(_decode(bench.device, *cache))
+    steps = ((1, 28, 4, 128), (64, 28, 4, 128), (64, 32, 8, 128), (512, 32, 8, 128), (8192, 32, 8, 128))
+    for step in steps if cuda else ((64, 9, 3, 64),):
+        for norm in (False, True):
+            bench.add(_write(bench.device, *step, norm))
 
 
 def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
@@ -97,4 +103,45 @@ def _decode(
         tolerance=2e-2,
         bytes=2 * k.numel() * k.element_size(),
         peers={"torch, dense cache": lambda: F.scaled_dot_product_attention(*dense, enable_gqa=True)},
+    )
+
+
+def _write(device: torch.device, tokens: int, heads: int, kv_heads: int, dim: int, norm: bool) -> Case:
+    """Slices of one projection's output, each row to a page of its own, as when decoding; with ``norm`` as in Qwen3."""
+    wide = torch.randn(tokens, heads + 2 * kv_heads, dim, device=device, dtype=torch.bfloat16)
+    q, k, v = wide.split([heads, kv_heads, kv_heads], 1)
+    angle = torch.rand(tokens, dim // 2, device=device) * 100
+    cos, sin = angle.cos(), angle.sin()
+    slots = torch.randperm(tokens, device=device) * 16 + torch.randint(0, 16, (tokens,), device=device)
+    weights = [torch.rand(dim, device=device) if norm else None for _ in range(2)]
+
+    def pages() -> list[torch.Tensor]:
+        return [torch.zeros(tokens, kv_heads, 16, dim, device=device, dtype=torch.bfloat16) for _ in range(2)]
+
+    def arguments(pages: list[torch.Tensor]) -> tuple:
+        return q, k, v, cos, sin, *pages, None, None, slots, *weights, 1e-6
+
+    def error() -> float:
+        made, exact = pages(), pages()
+        ours, theirs = ops.rope_cache_write(*arguments(made)), reference.rope_cache_write(*arguments(exact))
+        return max(relative_error(a, b) for a, b in zip((ours, *made), (theirs, *exact), strict=True))
+
+    def turned(x: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        if weight is not None:
+            x = ops.rms_norm(x.contiguous().flatten(0, 1), weight, 1e-6, False)[0].view(x.shape)
+        return ops.rotary(x[None], cos[None, :, None], sin[None, :, None])[0]
+
+    def apart() -> torch.Tensor:
+        ops.paged_store_(turned(k, weights[1]), v, *used, None, None, slots)
+        return turned(q, weights[0])
+
+    used = pages()
+    return Case(
+        "rope_cache_write" + (" with norms" if norm else ""),
+        f"{tokens} {heads}:{kv_heads}x{dim}",
+        ours=lambda: ops.rope_cache_write(*arguments(used)),
+        error=error,
+        tolerance=2e-3,
+        bytes=4 * wide.numel(),
+        peers={"ops apart": apart},
     )

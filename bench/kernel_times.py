@@ -23,7 +23,7 @@ CLASSES = {
         "float8",
         "fp8",
     ),
-    "rotary": ("rotary", "cos", "sin"),
+    "rotary": ("rotary", "rope_", "cos", "sin"),
     "loss": ("cross_entropy", "softmax", "nll_loss"),
 }
 

@@ -116,7 +116,7 @@ def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
 
 
 def attends(lengths, heads, kv_heads, dim, page_size):
-    """Packed sequences, and their last one, three and all rows over pages."""
+    """Packed sequences, into pages by both ways, and their last one, three and all rows over pages."""
     op = torch.ops.eightfold
     starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     tokens, count = sum(lengths), len(lengths)
@@ -133,6 +133,16 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     op.paged_store_(k, v, k_pages, v_pages, None, None, slots)
     codes = [torch.zeros(shape, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
     op.paged_store_(k, v, *codes, *(torch.zeros(shape[:3], device="cuda") for _ in range(2)), slots)
+    wide = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device="cuda", dtype=torch.bfloat16).unflatten(
+        1, (-1, dim)
+    )
+    parts = wide.split([heads, kv_heads, kv_heads], 1)
+    angle = torch.rand(tokens, dim // 2, device="cuda")
+    for weight in (None, torch.rand(dim, device="cuda"), torch.rand(dim, device="cuda", dtype=torch.bfloat16)):
+        norm = weight, weight, 1e-6
+        op.rope_cache_write(*parts, angle.cos(), angle.sin(), k_pages, v_pages, None, None, slots, *norm)
+        scales = [torch.zeros(shape[:3], device="cuda") for _ in range(2)]
+        op.rope_cache_write(*parts, angle.cos(), angle.sin(), *codes, *scales, slots, *norm)
     for rows in (1, 3, max(lengths)):
         few = [min(rows, n) for n in lengths]
         asked = torch.cat([q[int(end) - n : int(end)] for end, n in zip(starts[1:], few, strict=True)])

@@ -81,4 +81,22 @@ struct PagedStore {
 void paged_store_cpu(const PagedStore& op);
 void paged_store_sm90(const PagedStore& op, void* stream);
 
+// What lies between the projection to q, k and v and attention over pages: q and k are normalised head by head (quant/norm.h) where
+// weights are given, then rotated (rotary/rotary.h); q goes to out, k and v into pages. Each step rounds to the dtype, so the bits are
+// those of rms_norm, rotary and paged_store_ one after the other.
+//
+// Floor: q, k and v read once and written once; apart they are read and written up to three times, by up to five kernels.
+struct RopeCacheWrite {
+  AttentionRows q, out;  // [tokens, heads, dim]; dim is even
+  PagedStore store;
+  int64_t heads;
+  const float *cos, *sin;           // [tokens, dim / 2], dense
+  const void *q_weight, *k_weight;  // [dim] in `weight_dtype` (bf16 or f32); null: no norm
+  DType weight_dtype;
+  float eps;
+};
+
+void rope_cache_write_cpu(const RopeCacheWrite& op);
+void rope_cache_write_sm90(const RopeCacheWrite& op, void* stream);
+
 }  // namespace eightfold

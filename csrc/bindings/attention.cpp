@@ -1,4 +1,4 @@
-// attention, its backward pass, attention over pages and storing to them: checks, allocation, dispatch.
+// attention, its backward pass, attention over pages, storing to them and what comes before: checks, allocation, dispatch.
 #include "attention/attention.h"
 
 #include "bindings/common.h"
@@ -152,6 +152,8 @@ struct Pages {
     check_like(v, k, {count(), kv_heads(), page_size(), rows.size(2)}, op, "v_pages");
     check_contiguous(v, op, "v_pages");
     check_sm90(k, op, "k_pages"), check_sm90(v, op, "v_pages");
+    EF_CHECK(k.is_cpu() || count() * page_size() <= INT32_MAX, op, ": k_pages must have room for less than 2^31 keys on CUDA, got shape ",
+             shape_of(k));
     for (const auto& [scales, name] : {std::pair{&k_scales, "k_scales"}, {&v_scales, "v_scales"}}) {
       EF_CHECK(scales->has_value() == codes(), op, ": ", name, codes() ? " must be given" : " must be None", " where pages are ",
                name_of(k.scalar_type()));
@@ -224,25 +226,32 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   return out;
 }
 
-void paged_store_(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
-                  const std::optional<Tensor>& v_scales, const Tensor& slots) {
-  const char* op = "paged_store_";
+// Rows to store in pages. Slots are read on the CPU alone.
+PagedStore store_of(const Tensor& k, const Tensor& v, const Pages& cache, const Tensor& slots, const char* op) {
   check_rows(k, op, "k");
   check_dtype(k, {ScalarType::BFloat16, ScalarType::Float}, op, "k");
   check_rows(v, op, "v");
   check_like(v, k, {k.size(0), k.size(1), k.size(2)}, op, "v");
-  const Pages cache{k_pages, v_pages, k_scales, v_scales};
   cache.check(k, op);
-  check_shape(k_pages, {cache.count(), k.size(1), cache.page_size(), k.size(2)}, op, "k_pages");
+  check_shape(cache.k, {cache.count(), k.size(1), cache.page_size(), k.size(2)}, op, "k_pages");
   check_sm90(k, op, "k"), check_sm90(v, op, "v");
   PagedStore args{};
   args.slots = integers<int64_t>(slots, k, ScalarType::Long, {k.size(0)}, op, "slots");
   args.k = rows_of(k), args.v = rows_of(v);
-  args.k_pages = k_pages.data_ptr(), args.v_pages = v_pages.data_ptr();
-  args.k_scales = data_of(k_scales), args.v_scales = data_of(v_scales);
-  args.dtype = dtype_of(k, op, "k"), args.page_dtype = dtype_of(k_pages, op, "k_pages");
+  args.k_pages = cache.k.data_ptr(), args.v_pages = cache.v.data_ptr();
+  args.k_scales = data_of(cache.k_scales), args.v_scales = data_of(cache.v_scales);
+  args.dtype = dtype_of(k, op, "k"), args.page_dtype = dtype_of(cache.k, op, "k_pages");
   args.tokens = k.size(0), args.kv_heads = k.size(1), args.dim = k.size(2);
   args.page_count = cache.count(), args.page_size = cache.page_size();
+  const int64_t room = args.page_count * args.page_size;
+  for (int64_t i = 0; k.is_cpu() && i < args.tokens; ++i)
+    EF_CHECK(args.slots[i] < room, op, ": slots must be below ", room, ", got ", args.slots[i], " at ", i);
+  return args;
+}
+
+void paged_store_(const Tensor& k, const Tensor& v, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
+                  const std::optional<Tensor>& v_scales, const Tensor& slots) {
+  const PagedStore args = store_of(k, v, {k_pages, v_pages, k_scales, v_scales}, slots, "paged_store_");
 #ifdef EIGHTFOLD_WITH_CUDA
   if (k.is_cuda()) {
     OnDeviceOf device(k);
@@ -250,10 +259,55 @@ void paged_store_(const Tensor& k, const Tensor& v, const Tensor& k_pages, const
     return;
   }
 #endif
-  const int64_t room = args.page_count * args.page_size;
-  for (int64_t i = 0; i < args.tokens; ++i)
-    EF_CHECK(args.slots[i] < room, op, ": slots must be below ", room, ", got ", args.slots[i], " at ", i);
   paged_store_cpu(args);
+}
+
+// A dense operand of a row's norm or rotation; the kernel reads 16 bytes at a time.
+const void* dense(const Tensor& t, const Tensor& q, std::initializer_list<ScalarType> types, std::initializer_list<int64_t> shape,
+                  const char* op, const char* argument) {
+  check_same_device(t, q, op, argument);
+  check_dtype(t, types, op, argument);
+  check_shape(t, shape, op, argument);
+  check_contiguous(t, op, argument);
+  if (t.is_cuda()) check_aligned(t, 16, op, argument);
+  return t.data_ptr();
+}
+
+Tensor rope_cache_write(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos, const Tensor& sin, const Tensor& k_pages,
+                        const Tensor& v_pages, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                        const Tensor& slots, const std::optional<Tensor>& q_weight, const std::optional<Tensor>& k_weight, double eps) {
+  const char* op = "rope_cache_write";
+  check_rows(q, op, "q");
+  check_dtype(q, {ScalarType::BFloat16, ScalarType::Float}, op, "q");
+  EF_CHECK(q.size(2) % 2 == 0, op, ": q must have an even last dimension, got shape ", shape_of(q));
+  check_sm90(q, op, "q");
+  check_rank(k, 3, op, "k");
+  check_like(k, q, {q.size(0), k.size(1), q.size(2)}, op, "k");
+  RopeCacheWrite args{};
+  args.store = store_of(k, v, {k_pages, v_pages, k_scales, v_scales}, slots, op);
+  args.heads = q.size(1);
+  args.cos = static_cast<const float*>(dense(cos, q, {ScalarType::Float}, {q.size(0), q.size(2) / 2}, op, "cos"));
+  args.sin = static_cast<const float*>(dense(sin, q, {ScalarType::Float}, {q.size(0), q.size(2) / 2}, op, "sin"));
+  EF_CHECK(q_weight.has_value() == k_weight.has_value(), op, ": k_weight must ",
+           q_weight ? "be given where q_weight is" : "be None where q_weight is");
+  if (q_weight) {
+    args.q_weight = dense(*q_weight, q, {ScalarType::BFloat16, ScalarType::Float}, {q.size(2)}, op, "q_weight");
+    args.k_weight = dense(*k_weight, q, {q_weight->scalar_type()}, {q.size(2)}, op, "k_weight");
+    args.weight_dtype = dtype_of(*q_weight, op, "q_weight");
+  }
+  EF_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
+  args.eps = static_cast<float>(eps);
+  Tensor out = empty(q.sizes(), q.scalar_type(), q);
+  args.q = rows_of(q), args.out = rows_of(out);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (q.is_cuda()) {
+    OnDeviceOf device(q);
+    rope_cache_write_sm90(args, current_stream(q));
+    return out;
+  }
+#endif
+  rope_cache_write_cpu(args);
+  return out;
 }
 
 template <class Library>
@@ -261,6 +315,7 @@ void register_all(Library& m) {
   m.impl("attention", EF_BOX(&attention));
   m.impl("paged_attention", EF_BOX(&paged_attention));
   m.impl("paged_store_", EF_BOX(&paged_store_));
+  m.impl("rope_cache_write", EF_BOX(&rope_cache_write));
 }
 
 }  // namespace

@@ -53,6 +53,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "paged_store_(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor "
       "slots) -> ()");
+  m.def(
+      "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? "
+      "k_scales, Tensor(d!)? v_scales, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
 
   // loss
   m.def(

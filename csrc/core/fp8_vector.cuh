@@ -173,6 +173,14 @@ __device__ __forceinline__ void store_octet(T* at, const Octet<T>& octet, int co
   }
 }
 
+// All eight, 16-byte aligned, in global memory. Never in pieces, as the compiler may store words that assembly has made.
+template <class T>
+__device__ __forceinline__ void store_octet_whole(T* at, const Octet<T>& octet) {
+#pragma unroll
+  for (int i = 0; i < Octet<T>::kWords; i += 4)
+    __stwb(reinterpret_cast<uint4*>(at) + i / 4, make_uint4(octet.words[i], octet.words[i + 1], octet.words[i + 2], octet.words[i + 3]));
+}
+
 // Division of a group's values by its scale. An IEEE division an element would cost more than the memory traffic of a cast, so the
 // reciprocal is taken once a group. A quotient may miss IEEE division by one ulp, but never on a rounding boundary of E4M3, so that
 // the codes are those of a true division; the order of signs keeps -0.

@@ -79,6 +79,7 @@ struct RmsNormColumns {
 };
 
 void rms_norm_cpu(const RmsNorm& op);
+float rms_norm_row(const float* x, const float* weight, int64_t cols, float eps, float* y);  // on the CPU; y may be x; returns rstd
 void rms_norm_columns_cpu(const RmsNormColumns& op);
 void rms_norm_columns_sm90(const RmsNormColumns& op, void* stream);
 void rms_norm_backward_cpu(const RmsNormBackward& op);

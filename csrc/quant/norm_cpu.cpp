@@ -79,10 +79,8 @@ void row_pass(const RmsNorm& op, const std::vector<float>& weight, int64_t row_g
         widen(op.x, op.dtype, offset, cols, s.data());
       }
       if (op.x_rows.codes) cast_row(s.data(), row, 0, cols, cols, op.x_rows);
-      float mean = sum_of_squares(s.data(), cols) / static_cast<float>(std::max<int64_t>(cols, 1));
-      float rstd = 1.0f / std::sqrt(mean + op.eps);
+      float rstd = rms_norm_row(s.data(), weight.data(), cols, op.eps, y.data());
       if (op.rstd) op.rstd[row] = rstd;
-      normalise(s.data(), rstd, weight.data(), cols, y.data());
       if (op.y) narrow(y.data(), cols, op.y, op.dtype, offset);
       if (op.y_rows.codes) {
         round_span(y.data(), op.dtype, cols);
@@ -113,6 +111,13 @@ void column_pass(const RmsNorm& op, const std::vector<float>& weight) {
 }
 
 }  // namespace
+
+float rms_norm_row(const float* x, const float* weight, int64_t cols, float eps, float* y) {
+  float mean = sum_of_squares(x, cols) / static_cast<float>(std::max<int64_t>(cols, 1));
+  float rstd = 1.0f / std::sqrt(mean + eps);
+  normalise(x, rstd, weight, cols, y);
+  return rstd;
+}
 
 void rms_norm_cpu(const RmsNorm& op) {
   std::vector<float> weight = load_weight(op.weight, op.weight_dtype, op.cols);

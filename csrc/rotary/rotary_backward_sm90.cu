@@ -10,6 +10,7 @@
 #include "quant/row_sum.cuh"
 #include "quant/tile_cast.cuh"
 #include "rotary/rotary_backward.h"
+#include "rotary/rotate.cuh"
 
 namespace eightfold {
 namespace {
@@ -41,8 +42,7 @@ struct Gradients {
   }
 };
 
-// Each product and sum is rounded on its own, as in rotary. Of a pair (a, b) the first becomes a cos + b sin, the second
-// b cos - a sin: `flip` turns the sign of what the other lane holds.
+// `flip` turns the sign of what the other lane holds.
 template <int kLanesAway, class T>
 __device__ __forceinline__ Octet<T> rotate_back(const Octet<T>& x, const float* cos, const float* sin, uint32_t flip) {
   Octet<T> other, turned;
@@ -55,8 +55,7 @@ __device__ __forceinline__ Octet<T> rotate_back(const Octet<T>& x, const float* 
     for (int w = half * kWords; w < (half + 1) * kWords; ++w) other.words[w] = __shfl_xor_sync(kWholeWarp, x.words[w], kLanesAway) ^ flip;
     const float cs[4] = {c.x, c.y, c.z, c.w}, ss[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-    for (int j = 0; j < 4; ++j)
-      v[half * 4 + j] = __fadd_rn(__fmul_rn(x.value(half * 4 + j), cs[j]), __fmul_rn(other.value(half * 4 + j), ss[j]));
+    for (int j = 0; j < 4; ++j) v[half * 4 + j] = rotated(x.value(half * 4 + j), other.value(half * 4 + j), cs[j], ss[j]);
   }
   turned.set(v);
   return unpacked_anew(turned);

@@ -8,6 +8,7 @@
 #include "core/fp8_vector.cuh"
 #include "core/launch.cuh"
 #include "rotary/rotary.h"
+#include "rotary/rotate.cuh"
 
 namespace eightfold {
 namespace {
@@ -20,7 +21,6 @@ struct Shape {
   bool inverse;
 };
 
-// Every product and sum is rounded on its own, as on the CPU and in the reference.
 template <class T, bool kVector>
 __global__ void __launch_bounds__(kThreads)
     rotary_kernel(const T* __restrict__ x, const float* __restrict__ cos, const float* __restrict__ sin, T* __restrict__ y, Shape shape) {
@@ -40,8 +40,8 @@ __global__ void __launch_bounds__(kThreads)
 #pragma unroll
   for (int j = 0; j < 8; ++j) {
     const float a = first.value(j), b = second.value(j), sine = shape.inverse ? -s.value(j) : s.value(j);
-    out_first[j] = __fsub_rn(__fmul_rn(a, c.value(j)), __fmul_rn(b, sine));
-    out_second[j] = __fadd_rn(__fmul_rn(b, c.value(j)), __fmul_rn(a, sine));
+    out_first[j] = rotated(a, -b, c.value(j), sine);
+    out_second[j] = rotated(b, a, c.value(j), sine);
   }
   T* to = y + (static_cast<int64_t>(row) * (shape.per_token / shape.per_head) + head) * 2 * shape.half + at;
   Octet<T> octet;

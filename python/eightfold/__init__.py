@@ -18,6 +18,7 @@ from eightfold.ops import (
     quantize,
     quantize_both,
     requantize,
+    rope_cache_write,
 )
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "quantize_both",
     "reference",
     "requantize",
+    "rope_cache_write",
 ]
 
 _SUBPACKAGES = ("generate", "models", "nn", "optim", "train")  # imported at first use: a script of ops starts sooner

@@ -22,6 +22,7 @@ from eightfold.ops.quant import (
     requantize,
     transpose,
 )
+from eightfold.ops.rope_cache import rope_cache_write
 from eightfold.ops.rotary import rotary, rotary_backward_quantize
 from eightfold.ops.sampling import sample
 
@@ -51,6 +52,7 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",
+    "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",
     "sample",

@@ -24,6 +24,7 @@ from eightfold.reference.quant import (
     requantize,
     transpose_codes,
 )
+from eightfold.reference.rope_cache import rope_cache_write
 from eightfold.reference.rotary import rotary, rotary_backward_quantize
 from eightfold.reference.sampling import sample
 
@@ -50,6 +51,7 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",
+    "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",
     "sample",
