@@ -2,10 +2,13 @@
 //
 //   unit      a span of chunks of one KV head of one sequence (attention_units.cuh); the blocks that stay, two to a multiprocessor, take
 //             them in turn
-//   producer  a warp keeps a ring of tiles, k and v by turns, full, also of the next unit: a lane asks for a page's 64 of the dimension
+//   producer  a warp keeps a ring of tiles, k and v by turns, full, also of the next unit: a lane asks for a share of a page
 //   math      the tiles of a chunk as in the kernel of many queries (attention_tile.cuh). What the unit has folded so far waits in the
 //             block's slot, which stays in the L2 cache: a chunk's reads hide it. A sequence of one span is finished there,
 //   fold      the parts of others by a second kernel, in order
+//
+// Over pages of E4M3 codes the math warpgroup first makes a tile wide (attention_pages.cuh), and many queries, too, are computed here: 64
+// rows are a unit.
 //
 // Floor: the bytes of keys and values, once. The tensor cores multiply 64 rows whatever their number: 8 clocks a key of dim 128, where a
 // multiprocessor's share of the memory brings one in 38.
@@ -14,9 +17,9 @@
 
 #include <algorithm>
 
-#include "attention/attention_keys.cuh"
 #include "attention/attention_maps.h"
 #include "attention/attention_paged.h"
+#include "attention/attention_pages.cuh"
 #include "attention/attention_units.cuh"
 #include "core/barrier.cuh"
 #include "core/dependent_launch.cuh"
@@ -30,37 +33,40 @@ namespace {
 
 using namespace attention;
 
-template <int kDim>
+template <int kDim, class Pages>
 struct Config {
   static constexpr int kThreads = 128 + 32, kBlocksOfMultiprocessor = 2;
-  static constexpr int kQueryBytes = Shape<kDim>::kBlocks * kRows * 128, kTileBytes = Shape<kDim>::kTileBytes;
+  static constexpr int kQueryBytes = Shape<kDim>::kBlocks * kRows * 128, kTileBytes = Pages::template Tile<kDim>::kBytes;
   static constexpr int kStages = kDim == 64 ? 6 : 3;
-  static constexpr int kRing = kQueryBytes, kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
+  static constexpr int kWide = kQueryBytes, kRing = kWide + (Pages::kCodes ? Shape<kDim>::kTileBytes : 0);  // kWide: a tile of codes
+  static constexpr int kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
   static constexpr int kPlan = kEmpty + 8 * kStages, kBytes = kPlan + 4 * Plan<kThreads>::kInts;
   static_assert(kBlocksOfMultiprocessor * (kBytes + 1024) <= 233472);
 };
 
-template <int kDim, int kThreads>
-__device__ __forceinline__ void produce(const PagedArgs& args, const CUtensorMap* k, const CUtensorMap* v, uint32_t shared,
-                                        const Plan<kThreads>& plan) {
-  using C = Config<kDim>;
-  constexpr int kBlocks = Shape<kDim>::kBlocks;
-  const int32_t lane = threadIdx.x % 32, block = lane % kBlocks, begin = lane / kBlocks * min(args.keys.page_size, kTile);
-  const bool mine = begin < kTile;
+template <int kDim, class Pages, int kThreads>
+__device__ __forceinline__ void produce(const PagedArgs& args, const Pages& pages, uint32_t shared, const Plan<kThreads>& plan) {
+  using C = Config<kDim, Pages>;
+  constexpr int kParts = Pages::template Tile<kDim>::kParts;
+  const int32_t lane = threadIdx.x % 32;
+  Share share;
+  share.part = lane % kParts, share.begin = lane / kParts * min(args.keys.page_size, kTile);
   RingPosition<C::kStages> at;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
+    share.head = unit.head;
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
-      const int32_t key = tile * kTile + begin, page = mine ? args.keys.page(unit.sequence, key) : 0;
+      const int32_t key = tile * kTile + share.begin, coming = pages.coming(args.keys, unit.keys - tile * kTile);
+      const bool mine = share.begin < coming;
+      share.page = mine ? args.keys.page(unit.sequence, key) : 0;
+      share.place = key % args.keys.page_size;
 #pragma unroll
-      for (const CUtensorMap* map : {k, v}) {
+      for (int which = 0; which < 2; ++which) {
         const uint32_t full = shared + C::kFull + 8 * at.stage;
         barrier_wait(shared + C::kEmpty + 8 * at.stage, at.parity ^ 1);
-        if (lane == 0) barrier_arrive_expect(full, C::kTileBytes);
+        if (lane == 0) barrier_arrive_expect(full, coming * (C::kTileBytes / kTile));
         __syncwarp();
-        if (mine)
-          tma_load_4d(shared + C::kRing + at.stage * C::kTileBytes + block * Shape<kDim>::kBlockBytes + begin * 128, map, full, 64 * block,
-                      key % args.keys.page_size, unit.head, page);
+        if (mine) pages.template load<kDim>(which, shared + C::kRing + at.stage * C::kTileBytes, full, args.keys, share);
         at.advance();
       }
     }
@@ -70,8 +76,8 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const CUtensorMap
 // The queries of a unit, row = query * group + head of the group, as the tensor core wants them; rows that do not exist are zeros.
 template <int kDim>
 __device__ __forceinline__ void place_queries(const PagedArgs& args, const Unit& unit, uint32_t shared) {
-  constexpr int kPieces = kDim / 8;  // of 16 bytes
-  for (int32_t i = threadIdx.x; i < kRows * kPieces; i += 128) {
+  constexpr int kPieces = kDim / 8;                                            // of 16 bytes
+  for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from unit to unit
     const int32_t place = i / kPieces, piece = i % kPieces, row = unit.first + place;
     uint4 v = make_uint4(0, 0, 0, 0);
     if (place < unit.rows)
@@ -133,50 +139,63 @@ __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& 
   }
 }
 
-template <int kDim, int kThreads>
+template <int kDim, class Pages, int kThreads>
 __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan) {
-  using C = Config<kDim>;
+  using C = Config<kDim, Pages>;
   const uint32_t lane = threadIdx.x % 32;
   const int32_t place = 16 * (threadIdx.x / 32) + static_cast<int32_t>(lane) / 4;  // of the lane's first row
   const int32_t own_slot = args.slots.parts + blockIdx.x;
   RingPosition<C::kStages> at;
-  auto release = [&](uint32_t barrier) {
+  auto release = [&] {
     __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (lane == 0) barrier_arrive(shared + C::kEmpty + 8 * at.stage);
+    at.advance();
+  };
+  // The next tile once it has come, until done() with it. Codes are made wide where the tile before was.
+  auto next = [&](int32_t kept) {
+    const uint32_t tile = shared + C::kRing + at.stage * C::kTileBytes;
+    barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
+    if constexpr (!Pages::kCodes) return tile;
+    warpgroup_meet(1);
+    widen<kDim>(shared + C::kWide, tile, kept);
+    async_fence();
+    warpgroup_meet(1);
+    release();
+    return shared + C::kWide;
+  };
+  auto done = [&] {
+    if constexpr (!Pages::kCodes) release();
   };
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     place_queries<kDim>(args, unit, shared);
     Rows<kDim> rows;
     rows.clear();
-    const int32_t end_tile = unit.end_tile();
+    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0), sees[2] = {unit.sees(args, place), unit.sees(args, place + 8)};
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < end_tile; ++tile) {
       Scores scores;
       Weights weights;
-      barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
-      start_scores<kDim>(scores, shared, kRows * 128, shared + C::kRing + at.stage * C::kTileBytes);
+      const int32_t kept = unit.keys - tile * kTile;
+      start_scores<kDim>(scores, shared, kRows * 128, next(kept));
       wgmma_wait_all();
       pin_registers(scores);
-      release(shared + C::kEmpty + 8 * at.stage);
-      at.advance();
-      const int32_t kept = unit.keys - tile * kTile, last = kept - unit.queries + 1;  // last: what query 0 sees
-      if (last + unit.first / args.group < kTile) {
-        const int32_t row = unit.first + place, limits[2] = {last + row / args.group, last + (row + 8) / args.group};
+      done();
+      if (all_see < (tile + 1) * kTile) {
+        const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
         hide(scores, limits, lane);
       }
       absorb<kDim>(rows, scores, args.factor, weights);
-      barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
-      const uint32_t v = shared + C::kRing + at.stage * C::kTileBytes;
-      if (kept < kTile) clear_rows<kDim>(v, kept, 1);
+      const uint32_t v = next(kept);
+      if (!Pages::kCodes && kept < kTile) clear_rows<kDim>(v, kept, 1);
       start_mix<kDim>(rows, weights, v);
       wgmma_wait_all();
       pin_registers(rows.out);
-      release(shared + C::kEmpty + 8 * at.stage);
-      at.advance();
+      done();
       const bool ends = tile + 1 == end_tile;
       if (!ends && (tile + 1) % kTilesOfChunk != 0) continue;
       const int32_t chunk = tile / kTilesOfChunk;
       end_chunk<kDim>(rows);
+      const Unit unit(args, plan, index);  // again, rather than keep it in registers that the tiles want
       if (unit.folds() && chunk > 0) fold_into<kDim>(args.slots, own_slot, place, unit.rows, rows);
       if (ends && unit.finishes())
         store_result<kDim>(args, unit, place, rows);
@@ -188,11 +207,10 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   }
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksOfMultiprocessor)
-    paged_decode_kernel(const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v,
-                        const __grid_constant__ PagedArgs args) {
-  using C = Config<kDim>;
+template <int kDim, class Pages>
+__global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pages>::kBlocksOfMultiprocessor)
+    paged_decode_kernel(const __grid_constant__ Pages pages, const __grid_constant__ PagedArgs args) {
+  using C = Config<kDim, Pages>;
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   let_next_kernel_start();
@@ -205,15 +223,14 @@ __global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksO
     }
     barrier_init_fence();
   } else if (threadIdx.x == 32) {
-    tma_prefetch_map(&k);
-    tma_prefetch_map(&v);
+    pages.prefetch();
   }
   wait_for_earlier_kernels();
   const Plan<C::kThreads> plan(args, reinterpret_cast<int32_t*>(memory + C::kPlan));
   if (warp_uniform(threadIdx.x / 32) == 4)
-    produce<kDim>(args, &k, &v, shared, plan);
+    produce<kDim>(args, pages, shared, plan);
   else
-    multiply<kDim>(args, shared, plan);
+    multiply<kDim, Pages>(args, shared, plan);
 }
 
 // What a thread has of a row: a column.
@@ -285,14 +302,15 @@ __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant_
 int64_t most_chunks(const PagedAttention& op) { return (op.most_pages * op.page_size + kAttentionChunk - 1) / kAttentionChunk; }
 int64_t most_rows(const PagedAttention& op) { return op.longest * (op.heads / op.kv_heads); }
 bool few_queries(const PagedAttention& op) { return most_rows(op) <= kRows; }
+bool computes(const PagedAttention& op) { return few_queries(op) || op.page_dtype == DType::e4m3; }
 
-// Blocks of a launch, and slots for them and the parts.
 int64_t blocks_of(const PagedAttention& op) {
-  const int64_t most = int64_t{2} * multiprocessors(current_device());
-  return std::min(op.sequences * op.kv_heads * most_chunks(op), most);
+  const int64_t units = op.sequences * op.kv_heads * (few_queries(op) ? most_chunks(op) : (most_rows(op) + kRows - 1) / kRows);
+  return std::min(units, int64_t{2} * multiprocessors(current_device()));
 }
-int64_t parts_of(const PagedAttention& op) { return op.sequences * op.kv_heads * most_chunks(op); }
-int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * most_rows(op); }
+int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequences * op.kv_heads * most_chunks(op) : 0; }
+int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
+int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
 template <class... Parameters, class... Arguments>
 void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream, const char* name,
@@ -309,29 +327,36 @@ void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, in
   check_launch(name);
 }
 
-template <int kDim>
-void launch(const PagedAttention& op, const PagedArgs& args, cudaStream_t stream) {
-  using C = Config<kDim>;
-  constexpr auto kernel = paged_decode_kernel<kDim>;
+template <int kDim, class Pages>
+void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args, cudaStream_t stream) {
+  using C = Config<kDim, Pages>;
+  constexpr auto kernel = paged_decode_kernel<kDim, Pages>;
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
-  launch_early(kernel, blocks_of(op), C::kThreads, C::kBytes, stream, "paged_decode_kernel", pages_map(op.k_pages, op),
-               pages_map(op.v_pages, op), args);
-  if (args.most_chunks == 1) return;
+  launch_early(kernel, blocks_of(op), C::kThreads, C::kBytes, stream, "paged_decode_kernel", pages, args);
+  if (args.most_chunks == 1 || !few_queries(op)) return;
   const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
   launch_early(paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream, "paged_fold_kernel", args);
+}
+
+template <class Pages>
+void launch_dim(const PagedAttention& op, const Pages& pages, const PagedArgs& args, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (op.dim == 64) return launch<64>(op, pages, args, s);
+  if (op.dim == 96) return launch<96>(op, pages, args, s);
+  launch<128>(op, pages, args, s);
 }
 
 }  // namespace
 
 int64_t paged_attention_workspace_sm90(const PagedAttention& op) {
-  if (op.tokens == 0 || !few_queries(op)) return 0;
+  if (op.tokens == 0 || !computes(op)) return 0;
   return rows_of_slots(op) * (op.dim + 2) * 4 + 4;
 }
 
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream) {
   if (op.tokens == 0) return;
-  if (!few_queries(op)) return paged_rows_sm90(op, stream);
+  if (!computes(op)) return paged_rows_sm90(op, stream);
   PagedArgs args{};
   args.keys = {op.pages, op.lengths, static_cast<int32_t>(op.most_pages), static_cast<int32_t>(op.page_size),
                static_cast<int32_t>(op.page_count)};
@@ -343,15 +368,14 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.sequences = static_cast<int32_t>(op.sequences);
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.factor = op.scale * 1.4426950408889634f;
-  args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = args.most_rows;
+  args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);
   args.slots.top = args.slots.out + rows_of_slots(op) * op.dim;
   args.slots.sum = args.slots.top + rows_of_slots(op);
   args.slots.span = reinterpret_cast<int32_t*>(args.slots.sum + rows_of_slots(op));
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (op.dim == 64) return launch<64>(op, args, s);
-  if (op.dim == 96) return launch<96>(op, args, s);
-  launch<128>(op, args, s);
+  if (op.page_dtype != DType::e4m3) return launch_dim(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
+  const auto codes = [](const void* pages) { return static_cast<const uint8_t*>(pages); };
+  launch_dim(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
 }
 
 }  // namespace eightfold

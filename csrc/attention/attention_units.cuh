@@ -119,10 +119,14 @@ struct Unit {
     row = its.row, queries = its.queries, keys = its.keys;
     const int32_t blocks = its.blocks(args);
     first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
-    rows = min(queries * args.group - first, min(args.most_rows, kRows));
-    seen = keys - queries + min((first + kRows - 1) / args.group + 1, queries);
+    rows = min(queries * args.group - first, args.slots.rows);
+    seen = min(sees(args, kRows - 1), keys);
     chunks = Sequence::chunks_of(args, seen);
     chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
+  }
+  // Keys that one of its rows sees.
+  __device__ __forceinline__ int32_t sees(const PagedArgs& args, int32_t place) const {
+    return keys - queries + (first + place) / args.group + 1;
   }
   __device__ __forceinline__ bool folds() const { return chunk == 0; }
   __device__ __forceinline__ bool finishes() const { return chunk == 0 && end == chunks; }
