@@ -28,6 +28,8 @@ def run(bench: Bench) -> None:
     for step in steps if cuda else ((64, 9, 3, 64),):
         for norm in (False, True):
             bench.add(_write(bench.device, *step, norm))
+    for cache in caches[:2] if cuda else ((8, 512, 9, 3, 64),):
+        bench.add(_decode(bench.device, *cache, codes=True))
 
 
 def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
@@ -73,36 +75,38 @@ def _sdpa(heads_first: list[torch.Tensor], kind: SDPBackend, causal: bool = True
 
 
 def _decode(
-    device: torch.device, batch: int, keys: int, heads: int, kv_heads: int, dim: int, page_size: int = 64
+    device: torch.device, batch: int, keys: int, heads: int, kv_heads: int, dim: int, codes: bool = False
 ) -> Case:
+    page_size = 64
     count = keys // page_size
     pages = torch.randperm(batch * count, device=device, dtype=torch.int32).view(batch, count)
     shape = (batch * count, kv_heads, page_size, dim)
     k, v = (torch.randn(shape, device=device, dtype=torch.bfloat16) for _ in range(2))
+    dense = [x[pages.long()].transpose(1, 2).flatten(2, 3).contiguous() for x in (k, v)]
+    cache = [k, v, None, None]
+    if codes:
+        scales = [x.float().abs().amax(-1).clamp_min(1e-10) / 448 for x in (k, v)]
+        cache = [*((x / s[..., None]).to(torch.float8_e4m3fn) for x, s in zip((k, v), scales, strict=True)), *scales]
     q = torch.randn(batch, heads, dim, device=device, dtype=torch.bfloat16)
     starts = torch.arange(batch + 1, device=device, dtype=torch.int32)
     lengths = torch.full((batch,), keys, device=device, dtype=torch.int32)
     scale = dim**-0.5
 
     def ours() -> torch.Tensor:
-        return ops.paged_attention(q, k, v, None, None, pages, starts, lengths, 1, scale)
+        return ops.paged_attention(q, *cache, pages, starts, lengths, 1, scale)
 
     def error() -> float:
-        few = (q[:2], k, v, None, None, pages[:2], starts[:3], lengths[:2], 1, scale)
+        few = (q[:2], *cache, pages[:2], starts[:3], lengths[:2], 1, scale)
         return relative_error(ours()[:2], reference.paged_attention(*few))
 
-    def together(x: torch.Tensor) -> torch.Tensor:
-        return x[pages.long()].transpose(1, 2).flatten(2, 3).contiguous()
-
-    dense = [q[:, :, None], together(k), together(v)]
     return Case(
         "paged_attention",
-        f"{batch}x{keys} {heads}:{kv_heads}x{dim}",
+        f"{batch}x{keys} {heads}:{kv_heads}x{dim}{' E4M3' if codes else ''}",
         ours=ours,
         error=error,
         tolerance=2e-2,
-        bytes=2 * k.numel() * k.element_size(),
-        peers={"torch, dense cache": lambda: F.scaled_dot_product_attention(*dense, enable_gqa=True)},
+        bytes=sum(x.numel() * x.element_size() for x in cache if x is not None),
+        peers={"torch, dense cache": lambda: F.scaled_dot_product_attention(q[:, :, None], *dense, enable_gqa=True)},
     )
 
 

@@ -132,7 +132,8 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     k_pages, v_pages = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     op.paged_store_(k, v, k_pages, v_pages, None, None, slots)
     codes = [torch.zeros(shape, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
-    op.paged_store_(k, v, *codes, *(torch.zeros(shape[:3], device="cuda") for _ in range(2)), slots)
+    codes += [torch.zeros(shape[:3], device="cuda") for _ in range(2)]
+    op.paged_store_(k, v, *codes, slots)
     wide = torch.randn(tokens, (heads + 2 * kv_heads) * dim, device="cuda", dtype=torch.bfloat16).unflatten(
         1, (-1, dim)
     )
@@ -140,15 +141,15 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     angle = torch.rand(tokens, dim // 2, device="cuda")
     for weight in (None, torch.rand(dim, device="cuda"), torch.rand(dim, device="cuda", dtype=torch.bfloat16)):
         norm = weight, weight, 1e-6
-        op.rope_cache_write(*parts, angle.cos(), angle.sin(), k_pages, v_pages, None, None, slots, *norm)
-        scales = [torch.zeros(shape[:3], device="cuda") for _ in range(2)]
-        op.rope_cache_write(*parts, angle.cos(), angle.sin(), *codes, *scales, slots, *norm)
+        for cache in ((k_pages, v_pages, None, None), codes):
+            op.rope_cache_write(*parts, angle.cos(), angle.sin(), *cache, slots, *norm)
     for rows in (1, 3, max(lengths)):
         few = [min(rows, n) for n in lengths]
         asked = torch.cat([q[int(end) - n : int(end)] for end, n in zip(starts[1:], few, strict=True)])
         begins = torch.tensor([0, *few], device="cuda").cumsum(0).int()
         sizes = torch.tensor(lengths, device="cuda", dtype=torch.int32)
-        op.paged_attention(asked, k_pages, v_pages, None, None, pages, begins, sizes, rows, 0.1)
+        for cache in ((k_pages, v_pages, None, None), codes):
+            op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1)
 
 
 if __name__ == "__main__":

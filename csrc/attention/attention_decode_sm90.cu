@@ -1,11 +1,14 @@
 // Attention of few queries over a paged cache on Hopper: a warpgroup's 64 rows hold all queries of the heads that share a KV head.
 //
-//   unit      a chunk of keys of one KV head of one sequence; the blocks that stay (two to a multiprocessor) take them in turn. Which there
-//             are the blocks find from the lengths, on the device: the grid is the same whatever they are.
-//   producer  a warp's thread keeps a ring of tiles, k and v by turns, full; also the next unit's
-//   math      the tiles of the chunk as in the kernel of many queries (attention_tile.cuh). A sequence of one chunk is finished there; else
-//             what the chunk gave goes to the workspace,
-//   fold      where a second kernel folds the chunks of a row in order
+//   unit      a span of chunks of one KV head of one sequence (attention_units.cuh); the blocks that stay, two to a multiprocessor, take
+//             them in turn
+//   producer  a warp keeps a ring of tiles, k and v by turns, full, also of the next unit: a lane asks for a share of a page
+//   math      the tiles of a chunk as in the kernel of many queries (attention_tile.cuh). What the unit has folded so far waits in the
+//             block's slot, which stays in the L2 cache: a chunk's reads hide it. A sequence of one span is finished there,
+//   fold      the parts of others by a second kernel, in order
+//
+// Over pages of E4M3 codes the math warpgroup first makes a tile wide (attention_pages.cuh), and many queries, too, are computed here: 64
+// rows are a unit.
 //
 // Floor: the bytes of keys and values, once. The tensor cores multiply 64 rows whatever their number: 8 clocks a key of dim 128, where a
 // multiprocessor's share of the memory brings one in 38.
@@ -14,119 +17,56 @@
 
 #include <algorithm>
 
-#include "attention/attention_keys.cuh"
 #include "attention/attention_maps.h"
 #include "attention/attention_paged.h"
+#include "attention/attention_pages.cuh"
+#include "attention/attention_units.cuh"
 #include "core/barrier.cuh"
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "core/launch.cuh"
 #include "core/memory.cuh"
-#include "core/quad.cuh"
+#include "core/tma_stream.cuh"
 
 namespace eightfold {
 namespace {
 
 using namespace attention;
 
-constexpr int kRows = 64, kFoldWarps = 8, kFoldAhead = 16;
-
-template <int kDim>
+template <int kDim, class Pages>
 struct Config {
   static constexpr int kThreads = 128 + 32, kBlocksOfMultiprocessor = 2;
-  static constexpr int kQueryBytes = Shape<kDim>::kBlocks * kRows * 128, kTileBytes = Shape<kDim>::kTileBytes;
+  static constexpr int kQueryBytes = Shape<kDim>::kBlocks * kRows * 128, kTileBytes = Pages::template Tile<kDim>::kBytes;
   static constexpr int kStages = kDim == 64 ? 6 : 3;
-  static constexpr int kRing = kQueryBytes, kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
-  static constexpr int kBytes = kEmpty + 8 * kStages;  // and what count_chunks takes
-  static constexpr int kCarries = 1 + kThreads / 32;
+  static constexpr int kWide = kQueryBytes, kRing = kWide + (Pages::kCodes ? Shape<kDim>::kTileBytes : 0);  // kWide: a tile of codes
+  static constexpr int kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
+  static constexpr int kPlan = kEmpty + 8 * kStages, kBytes = kPlan + 4 * Plan<kThreads>::kInts;
   static_assert(kBlocksOfMultiprocessor * (kBytes + 1024) <= 233472);
 };
 
-// Parts of rows that wait for their fold: part = chunk * kv_heads + KV head, chunks counted over all sequences.
-struct Parts {
-  float *out, *top, *sum;  // [part, row, dim], [part, row]
-  int32_t* begins;         // [sequences + 1]: the first chunk of each sequence
-};
-
-struct Args {
-  PagedKeys keys;
-  Parts parts;
-  const __nv_bfloat16* q;
-  __nv_bfloat16* out;
-  int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
-  const int32_t* starts;
-  int32_t kv_heads, group, sequences, most_rows;  // most_rows: of a KV head and sequence, at most kRows
-  float factor;
-};
-
-__device__ __forceinline__ int32_t chunks_of(const Args& args, int32_t sequence) {
-  const bool asks = __ldg(args.starts + sequence + 1) > __ldg(args.starts + sequence);
-  return asks ? (__ldg(args.keys.lengths + sequence) + kAttentionChunk - 1) / kAttentionChunk : 0;
-}
-
-// begins[s]: chunks of the sequences before s. By all threads of a block; `begins` may be shared or device memory.
-__device__ __forceinline__ void count_chunks(const Args& args, int32_t* begins, int32_t* carry) {
-  const int32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  if (threadIdx.x == 0) carry[0] = 0;
-  for (int32_t base = 0; base < args.sequences; base += blockDim.x) {
-    const int32_t s = base + threadIdx.x;
-    int32_t own = s < args.sequences ? chunks_of(args, s) : 0, sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, step);
-      if (lane >= step) sum += before;
-    }
-    __syncthreads();
-    if (lane == 31) carry[1 + warp] = sum;
-    __syncthreads();
-    int32_t before = carry[0];
-    for (int w = 0; w < warp; ++w) before += carry[1 + w];
-    if (s < args.sequences) begins[s] = before + sum - own;
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      for (int w = 0; w < warps; ++w) carry[0] += carry[1 + w];
-    }
-  }
-  __syncthreads();
-  if (threadIdx.x == 0) begins[args.sequences] = carry[0];
-  __syncthreads();
-}
-
-struct Unit {
-  int32_t sequence, chunk, chunks, head, part;  // chunk: of `chunks` of the sequence
-  int32_t keys, row, queries;
-
-  __device__ __forceinline__ Unit(const Args& args, const int32_t* begins, int32_t index) {
-    head = index % args.kv_heads, part = index;
-    const int32_t at = index / args.kv_heads;
-    int32_t low = 0, high = args.sequences;  // begins[low] <= at < begins[high]
-    while (high - low > 1) {
-      const int32_t middle = (low + high) / 2;
-      (begins[middle] <= at ? low : high) = middle;
-    }
-    sequence = low, chunk = at - begins[low], chunks = begins[low + 1] - begins[low];
-    keys = __ldg(args.keys.lengths + sequence);
-    row = __ldg(args.starts + sequence);
-    queries = __ldg(args.starts + sequence + 1) - row;
-  }
-  __device__ __forceinline__ int32_t first_tile() const { return chunk * kTilesOfChunk; }
-  __device__ __forceinline__ int32_t end_tile() const { return min((keys + kTile - 1) / kTile, (chunk + 1) * kTilesOfChunk); }
-};
-
-template <int kDim>
-__device__ __forceinline__ void produce(const Args& args, const CUtensorMap* k, const CUtensorMap* v, uint32_t shared,
-                                        const int32_t* begins, int32_t units) {
-  using C = Config<kDim>;
+template <int kDim, class Pages, int kThreads>
+__device__ __forceinline__ void produce(const PagedArgs& args, const Pages& pages, uint32_t shared, const Plan<kThreads>& plan) {
+  using C = Config<kDim, Pages>;
+  constexpr int kParts = Pages::template Tile<kDim>::kParts;
+  const int32_t lane = threadIdx.x % 32;
+  Share share;
+  share.part = lane % kParts, share.begin = lane / kParts * min(args.keys.page_size, kTile);
   RingPosition<C::kStages> at;
-  for (int32_t index = blockIdx.x; index < units; index += gridDim.x) {
-    const Unit unit(args, begins, index);
-    for (int32_t tile = unit.first_tile(); tile < unit.end_tile(); ++tile) {
+  for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
+    const Unit unit(args, plan, index);
+    share.head = unit.head;
+    for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
+      const int32_t key = tile * kTile + share.begin, coming = pages.coming(args.keys, unit.keys - tile * kTile);
+      const bool mine = share.begin < coming;
+      share.page = mine ? args.keys.page(unit.sequence, key) : 0;
+      share.place = key % args.keys.page_size;
 #pragma unroll
-      for (const CUtensorMap* map : {k, v}) {
+      for (int which = 0; which < 2; ++which) {
         const uint32_t full = shared + C::kFull + 8 * at.stage;
         barrier_wait(shared + C::kEmpty + 8 * at.stage, at.parity ^ 1);
-        barrier_arrive_expect(full, C::kTileBytes);
-        args.keys.load<kDim>(shared + C::kRing + at.stage * C::kTileBytes, map, full, unit.head, 0, unit.sequence, tile);
+        if (lane == 0) barrier_arrive_expect(full, coming * (C::kTileBytes / kTile));
+        __syncwarp();
+        if (mine) pages.template load<kDim>(which, shared + C::kRing + at.stage * C::kTileBytes, full, args.keys, share);
         at.advance();
       }
     }
@@ -135,106 +75,147 @@ __device__ __forceinline__ void produce(const Args& args, const CUtensorMap* k, 
 
 // The queries of a unit, row = query * group + head of the group, as the tensor core wants them; rows that do not exist are zeros.
 template <int kDim>
-__device__ __forceinline__ void place_queries(const Args& args, const Unit& unit, uint32_t shared) {
-  constexpr int kPieces = kDim / 8;  // of 16 bytes
-  for (int32_t i = threadIdx.x; i < kRows * kPieces; i += 128) {
-    const int32_t row = i / kPieces, piece = i % kPieces;
-    const int32_t query = row / args.group, head = unit.head * args.group + row % args.group;
+__device__ __forceinline__ void place_queries(const PagedArgs& args, const Unit& unit, uint32_t shared) {
+  constexpr int kPieces = kDim / 8;                                            // of 16 bytes
+  for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from unit to unit
+    const int32_t place = i / kPieces, piece = i % kPieces, row = unit.first + place;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (query < unit.queries)
-      v = *reinterpret_cast<const uint4*>(args.q + (static_cast<int64_t>(unit.row) + query) * args.q_token_stride +
-                                          head * args.q_head_stride + 8 * piece);
-    const uint32_t to = shared + piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16;
-    store_shared(to, v);
+    if (place < unit.rows)
+      v = *reinterpret_cast<const uint4*>(args.q + (static_cast<int64_t>(unit.row) + row / args.group) * args.q_token_stride +
+                                          (unit.head * args.group + row % args.group) * args.q_head_stride + 8 * piece);
+    store_shared(shared + piece / 8 * (kRows * 128) + place * 128 + (piece % 8 ^ place % 8) * 16, v);
   }
   async_fence();
   warpgroup_meet(1);
 }
 
+// The lane's row h in a slot.
+__device__ __forceinline__ int64_t place_in(const Slots& slots, int32_t slot, int32_t place) {
+  return static_cast<int64_t>(slot) * slots.rows + place;
+}
+
+// Into what this block has left in a slot goes a chunk's `rows`, which then hold both.
 template <int kDim>
-__device__ __forceinline__ void store_result(const Args& args, const Unit& unit, const Rows<kDim>& rows) {
-  const uint32_t lane = threadIdx.x % 32;
+__device__ __forceinline__ void fold_into(const Slots& slots, int32_t slot, int32_t place, int32_t count, Rows<kDim>& rows) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    const int32_t row = 16 * (threadIdx.x / 32) + lane / 4 + 8 * h, query = row / args.group;
-    const bool exists = query < unit.queries;
-    if (unit.chunks == 1) {
-      const float inverse = reciprocal(rows.sum[h]);
-      __nv_bfloat16* to = args.out + (static_cast<int64_t>(unit.row) + query) * args.out_token_stride +
-                          (unit.head * args.group + row % args.group) * args.out_head_stride;
+    if (place + 8 * h >= count) continue;
+    const int64_t at = place_in(slots, slot, place + 8 * h);
+    const float* from = slots.out + at * kDim + 2 * (threadIdx.x % 4);
+    const Fold fold = fold_of(slots.top[at], rows.top[h]);
+    rows.top[h] = fold.top;
+    rows.sum[h] = fold(slots.sum[at], rows.sum[h]);
 #pragma unroll
-      for (int i = 0; i < kDim / 8; i += 4) {
-        uint32_t words[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          words[j] = pack_bf16(__fmul_rn(rows.out[4 * (i + j) + 2 * h], inverse), __fmul_rn(rows.out[4 * (i + j) + 2 * h + 1], inverse));
-        transpose_quad(words, lane % 4);
-        if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (lane % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
-      }
-    } else if (exists) {
-      const int64_t at = static_cast<int64_t>(unit.part) * args.most_rows + row;
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i)
-        *reinterpret_cast<float2*>(args.parts.out + at * kDim + 8 * i + 2 * (lane % 4)) =
-            make_float2(rows.out[4 * i + 2 * h], rows.out[4 * i + 2 * h + 1]);
-      if (lane % 4 == 0) args.parts.top[at] = rows.top[h], args.parts.sum[at] = rows.sum[h];
+    for (int i = 0; i < kDim / 8; ++i) {
+      const float2 held = *reinterpret_cast<const float2*>(from + 8 * i);
+      rows.out[4 * i + 2 * h] = fold(held.x, rows.out[4 * i + 2 * h]);
+      rows.out[4 * i + 2 * h + 1] = fold(held.y, rows.out[4 * i + 2 * h + 1]);
     }
   }
 }
 
 template <int kDim>
-__device__ __forceinline__ void multiply(const Args& args, uint32_t shared, const int32_t* begins, int32_t units) {
-  using C = Config<kDim>;
+__device__ __forceinline__ void leave_in(const Slots& slots, int32_t slot, int32_t place, int32_t count, const Rows<kDim>& rows) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (place + 8 * h >= count) continue;
+    const int64_t at = place_in(slots, slot, place + 8 * h);
+    float* to = slots.out + at * kDim + 2 * (threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i)
+      *reinterpret_cast<float2*>(to + 8 * i) = make_float2(rows.out[4 * i + 2 * h], rows.out[4 * i + 2 * h + 1]);
+    if (threadIdx.x % 4 == 0) slots.top[at] = rows.top[h], slots.sum[at] = rows.sum[h];
+  }
+}
+
+template <int kDim>
+__device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& unit, int32_t place, const Rows<kDim>& rows) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int32_t row = unit.first + place + 8 * h;
+    store_row<kDim>(args.out + (static_cast<int64_t>(unit.row) + row / args.group) * args.out_token_stride +
+                        (unit.head * args.group + row % args.group) * args.out_head_stride,
+                    rows, h, place + 8 * h < unit.rows);
+  }
+}
+
+template <int kDim, class Pages, int kThreads>
+__device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan) {
+  using C = Config<kDim, Pages>;
   const uint32_t lane = threadIdx.x % 32;
-  const int32_t place = 16 * (threadIdx.x / 32) + static_cast<int32_t>(lane) / 4;
+  const int32_t place = 16 * (threadIdx.x / 32) + static_cast<int32_t>(lane) / 4;  // of the lane's first row
+  const int32_t own_slot = args.slots.parts + blockIdx.x;
   RingPosition<C::kStages> at;
-  auto release = [&](uint32_t barrier) {
+  auto release = [&] {
     __syncwarp();
-    if (lane == 0) barrier_arrive(barrier);
+    if (lane == 0) barrier_arrive(shared + C::kEmpty + 8 * at.stage);
+    at.advance();
   };
-  for (int32_t index = blockIdx.x; index < units; index += gridDim.x) {
-    const Unit unit(args, begins, index);
+  // The next tile once it has come, until done() with it. Codes are made wide where the tile before was.
+  auto next = [&](int32_t kept) {
+    const uint32_t tile = shared + C::kRing + at.stage * C::kTileBytes;
+    barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
+    if constexpr (!Pages::kCodes) return tile;
+    warpgroup_meet(1);
+    widen<kDim>(shared + C::kWide, tile, kept);
+    async_fence();
+    warpgroup_meet(1);
+    release();
+    return shared + C::kWide;
+  };
+  auto done = [&] {
+    if constexpr (!Pages::kCodes) release();
+  };
+  for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
+    const Unit unit(args, plan, index);
     place_queries<kDim>(args, unit, shared);
     Rows<kDim> rows;
     rows.clear();
-    for (int32_t tile = unit.first_tile(); tile < unit.end_tile(); ++tile) {
+    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0), sees[2] = {unit.sees(args, place), unit.sees(args, place + 8)};
+    for (int32_t tile = unit.chunk * kTilesOfChunk; tile < end_tile; ++tile) {
       Scores scores;
       Weights weights;
-      barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
-      start_scores<kDim>(scores, shared, kRows * 128, shared + C::kRing + at.stage * C::kTileBytes);
+      const int32_t kept = unit.keys - tile * kTile;
+      start_scores<kDim>(scores, shared, kRows * 128, next(kept));
       wgmma_wait_all();
       pin_registers(scores);
-      release(shared + C::kEmpty + 8 * at.stage);
-      at.advance();
-      const int32_t kept = unit.keys - tile * kTile;  // the last query sees them all
-      if (kept < kTile + unit.queries) {
-        const int32_t last = kept - unit.queries + 1;  // what query 0 sees
-        const int32_t limits[2] = {last + place / args.group, last + (place + 8) / args.group};
+      done();
+      if (all_see < (tile + 1) * kTile) {
+        const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
         hide(scores, limits, lane);
       }
       absorb<kDim>(rows, scores, args.factor, weights);
-      barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
-      const uint32_t v = shared + C::kRing + at.stage * C::kTileBytes;
-      if (kept < kTile) clear_rows<kDim>(v, kept, 1);
+      const uint32_t v = next(kept);
+      if (!Pages::kCodes && kept < kTile) clear_rows<kDim>(v, kept, 1);
       start_mix<kDim>(rows, weights, v);
       wgmma_wait_all();
       pin_registers(rows.out);
-      release(shared + C::kEmpty + 8 * at.stage);
-      at.advance();
+      done();
+      const bool ends = tile + 1 == end_tile;
+      if (!ends && (tile + 1) % kTilesOfChunk != 0) continue;
+      const int32_t chunk = tile / kTilesOfChunk;
+      end_chunk<kDim>(rows);
+      const Unit unit(args, plan, index);  // again, rather than keep it in registers that the tiles want
+      if (unit.folds() && chunk > 0) fold_into<kDim>(args.slots, own_slot, place, unit.rows, rows);
+      if (ends && unit.finishes())
+        store_result<kDim>(args, unit, place, rows);
+      else
+        leave_in<kDim>(args.slots, unit.folds() && !ends ? own_slot : unit.slot(args, chunk), place, unit.rows, rows);
+      rows.clear();
     }
-    end_chunk<kDim>(rows);
-    store_result<kDim>(args, unit, rows);
     warpgroup_meet(1);  // before the next unit's queries take their place
   }
 }
 
-template <int kDim>
-__global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksOfMultiprocessor)
-    paged_decode_kernel(const __grid_constant__ CUtensorMap k, const __grid_constant__ CUtensorMap v, const __grid_constant__ Args args) {
-  using C = Config<kDim>;
+template <int kDim, class Pages>
+__global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pages>::kBlocksOfMultiprocessor)
+    paged_decode_kernel(const __grid_constant__ Pages pages, const __grid_constant__ PagedArgs args) {
+  using C = Config<kDim, Pages>;
   extern __shared__ __align__(1024) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
   let_next_kernel_start();
+  const int64_t line = (static_cast<int64_t>(blockIdx.x) * C::kThreads + threadIdx.x) * 32;  // of 128 bytes of page numbers
+  if (line < static_cast<int64_t>(args.sequences) * args.keys.most_pages) prefetch_l2(args.keys.pages + line);
   if (threadIdx.x == 0) {
     for (int i = 0; i < C::kStages; ++i) {
       barrier_init(shared + C::kFull + 8 * i, 1);
@@ -242,99 +223,141 @@ __global__ void __launch_bounds__(Config<kDim>::kThreads, Config<kDim>::kBlocksO
     }
     barrier_init_fence();
   } else if (threadIdx.x == 32) {
-    tma_prefetch_map(&k);
-    tma_prefetch_map(&v);
+    pages.prefetch();
   }
-  int32_t *carry = reinterpret_cast<int32_t*>(memory + C::kBytes), *begins = carry + C::kCarries;
-  count_chunks(args, begins, carry);
-  const int32_t units = begins[args.sequences] * args.kv_heads;
-  if (blockIdx.x == 0) {
-    for (int32_t i = threadIdx.x; i <= args.sequences; i += C::kThreads) args.parts.begins[i] = begins[i];
-  }
-  if (warp_uniform(threadIdx.x / 32) == 4) {
-    if (elect_lane()) produce<kDim>(args, &k, &v, shared, begins, units);
-  } else {
-    multiply<kDim>(args, shared, begins, units);
-  }
+  wait_for_earlier_kernels();
+  const Plan<C::kThreads> plan(args, reinterpret_cast<int32_t*>(memory + C::kPlan));
+  if (warp_uniform(threadIdx.x / 32) == 4)
+    produce<kDim>(args, pages, shared, plan);
+  else
+    multiply<kDim, Pages>(args, shared, plan);
 }
 
-// A warp folds the chunks of a row in 32 of the dimension, several on their way at once.
-template <int kDim>
-__global__ void __launch_bounds__(32 * kFoldWarps) paged_fold_kernel(const Args args) {
-  wait_for_earlier_kernels();
-  constexpr int kPieces = kDim / 32;
-  const int32_t lane = threadIdx.x % 32;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kFoldWarps + threadIdx.x / 32;
-  const int32_t column = static_cast<int32_t>(index % kPieces) * 32 + lane, row = static_cast<int32_t>(index / kPieces % args.most_rows);
-  const int32_t of = static_cast<int32_t>(index / kPieces / args.most_rows), sequence = of / args.kv_heads, head = of % args.kv_heads;
-  if (sequence >= args.sequences) return;
-  const int32_t begin = args.parts.begins[sequence], end = args.parts.begins[sequence + 1];
-  const int32_t first = __ldg(args.starts + sequence), query = row / args.group;
-  if (end - begin < 2 || query >= __ldg(args.starts + sequence + 1) - first) return;
+// What a thread has of a row: a column.
+struct Folded {
   float top = kNothing, sum = 0.0f, out = 0.0f;
-  for (int32_t base = begin; base < end; base += kFoldAhead) {
-    const int32_t count = min(end - base, kFoldAhead);
-    float tops[kFoldAhead], sums[kFoldAhead], outs[kFoldAhead];
+
+  // Parts `step` rows of slots apart, all on their way at once; those from `count` on change nothing. A lane has the factors of a part:
+  // they are those of fold_of() in turn, as a maximum knows no order.
+  template <int kAhead, int kDim>
+  __device__ __forceinline__ void take(const Slots& slots, int64_t at, int64_t step, int32_t count) {
+    const int32_t lane = threadIdx.x % 32;
+    const bool mine = lane < min(count, kAhead);
+    const float own = mine ? slots.top[at + lane * step] : kNothing, own_sum = mine ? slots.sum[at + lane * step] : 0.0f;
+    const float* from = slots.out + at * kDim + threadIdx.x;
+    float outs[kAhead];
 #pragma unroll
-    for (int c = 0; c < kFoldAhead; ++c) {
-      if (c >= count) break;
-      const int64_t at = (static_cast<int64_t>(base + c) * args.kv_heads + head) * args.most_rows + row;
-      tops[c] = args.parts.top[at], sums[c] = args.parts.sum[at], outs[c] = args.parts.out[at * kDim + column];
-    }
+    for (int c = 0; c < kAhead; ++c, from += step * kDim) outs[c] = c < count ? *from : -0.0f;
+    float most = own;
 #pragma unroll
-    for (int c = 0; c < kFoldAhead; ++c) {
-      if (c >= count) break;
-      const Fold fold = fold_of(top, tops[c]);
-      top = fold.top;
-      sum = fold(sum, sums[c]);
-      out = fold(out, outs[c]);
+    for (int by = 1; by < kAhead; by *= 2) {
+      const float before = __shfl_up_sync(0xFFFFFFFFu, most, by);
+      if (lane >= by) most = fmaxf(most, before);
     }
+    most = fmaxf(most, top);
+    const float before = __shfl_up_sync(0xFFFFFFFFu, most, 1);
+    const float all = ex2_approx((lane == 0 ? top : before) - most), part = ex2_approx(own - most), added = __fmul_rn(own_sum, part);
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c) {
+      const float scale = __shfl_sync(0xFFFFFFFFu, all, c);
+      sum = __fmaf_rn(sum, scale, __shfl_sync(0xFFFFFFFFu, added, c));
+      out = __fmaf_rn(out, scale, __fmul_rn(outs[c], __shfl_sync(0xFFFFFFFFu, part, c)));
+    }
+    top = __shfl_sync(0xFFFFFFFFu, most, kAhead - 1);
   }
-  __nv_bfloat16* to = args.out + (static_cast<int64_t>(first) + query) * args.out_token_stride +
-                      (head * args.group + row % args.group) * args.out_head_stride;
-  to[column] = __float2bfloat16_rn(__fmul_rn(out, reciprocal(sum)));
+};
+
+// A block takes rows, a thread a column.
+template <int kDim>
+__global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant__ PagedArgs args) {
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
+  const int32_t span = *args.slots.span;
+  if (span == 0) return;
+  constexpr int kFew = 8, kMany = 32;
+  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
+  for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
+    const int32_t row = static_cast<int32_t>(index % args.slots.rows), of = static_cast<int32_t>(index / args.slots.rows);
+    const int32_t head = of % args.kv_heads, query = row / args.group;
+    const Sequence sequence(args, of / args.kv_heads);
+    if (sequence.chunks <= span || query >= sequence.queries) continue;
+    const int64_t step = static_cast<int64_t>(args.kv_heads) * args.slots.rows;
+    int64_t at = (static_cast<int64_t>(of / args.kv_heads) * args.most_chunks + span - 1) * step + head * args.slots.rows + row;
+    Folded folded;
+    for (int32_t left = sequence.chunks - span + 1; left > 0;) {
+      if (left > kFew) {
+        folded.take<kMany, kDim>(args.slots, at, step, left);
+        at += kMany * step, left -= kMany;
+      } else {
+        folded.take<kFew, kDim>(args.slots, at, step, left);
+        left = 0;
+      }
+    }
+    __nv_bfloat16* to = args.out + (static_cast<int64_t>(sequence.row) + query) * args.out_token_stride +
+                        (head * args.group + row % args.group) * args.out_head_stride;
+    to[threadIdx.x] = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+  }
 }
 
 int64_t most_chunks(const PagedAttention& op) { return (op.most_pages * op.page_size + kAttentionChunk - 1) / kAttentionChunk; }
 int64_t most_rows(const PagedAttention& op) { return op.longest * (op.heads / op.kv_heads); }
 bool few_queries(const PagedAttention& op) { return most_rows(op) <= kRows; }
+bool computes(const PagedAttention& op) { return few_queries(op) || op.page_dtype == DType::e4m3; }
 
-template <int kDim>
-void launch(const PagedAttention& op, const Args& args, cudaStream_t stream) {
-  using C = Config<kDim>;
-  constexpr auto kernel = paged_decode_kernel<kDim>;
-  const int device = current_device();
-  const int bytes = C::kBytes + 4 * (C::kCarries + args.sequences + 1);
-  allow_shared_memory<kernel>(bytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
-  const int64_t units = static_cast<int64_t>(args.sequences) * args.kv_heads * most_chunks(op);
-  const int grid = static_cast<int>(std::min<int64_t>(units, C::kBlocksOfMultiprocessor * multiprocessors(device)));
-  kernel<<<grid, C::kThreads, bytes, stream>>>(pages_map(op.k_pages, op), pages_map(op.v_pages, op), args);
-  check_launch("paged_decode_kernel");
+int64_t blocks_of(const PagedAttention& op) {
+  const int64_t units = op.sequences * op.kv_heads * (few_queries(op) ? most_chunks(op) : (most_rows(op) + kRows - 1) / kRows);
+  return std::min(units, int64_t{2} * multiprocessors(current_device()));
+}
+int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequences * op.kv_heads * most_chunks(op) : 0; }
+int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
+int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream, const char* name,
+                  const Arguments&... arguments) {
   cudaLaunchAttribute early = early_start();
   cudaLaunchConfig_t config{};
-  const int64_t warps = static_cast<int64_t>(args.sequences) * args.kv_heads * args.most_rows * (kDim / 32);
-  config.gridDim = dim3(static_cast<unsigned>((warps + kFoldWarps - 1) / kFoldWarps));
-  config.blockDim = dim3(32 * kFoldWarps);
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
   config.attrs = &early;
   config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, paged_fold_kernel<kDim>, args);
-  check_launch("paged_fold_kernel");
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  check_launch(name);
+}
+
+template <int kDim, class Pages>
+void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args, cudaStream_t stream) {
+  using C = Config<kDim, Pages>;
+  constexpr auto kernel = paged_decode_kernel<kDim, Pages>;
+  const int device = current_device();
+  allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
+  launch_early(kernel, blocks_of(op), C::kThreads, C::kBytes, stream, "paged_decode_kernel", pages, args);
+  if (args.most_chunks == 1 || !few_queries(op)) return;
+  const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
+  launch_early(paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream, "paged_fold_kernel", args);
+}
+
+template <class Pages>
+void launch_dim(const PagedAttention& op, const Pages& pages, const PagedArgs& args, void* stream) {
+  const auto s = static_cast<cudaStream_t>(stream);
+  if (op.dim == 64) return launch<64>(op, pages, args, s);
+  if (op.dim == 96) return launch<96>(op, pages, args, s);
+  launch<128>(op, pages, args, s);
 }
 
 }  // namespace
 
 int64_t paged_attention_workspace_sm90(const PagedAttention& op) {
-  if (op.tokens == 0 || !few_queries(op)) return 0;
-  const int64_t parts = op.sequences * op.kv_heads * most_chunks(op) * most_rows(op);
-  return parts * (op.dim + 2) * 4 + (op.sequences + 1) * 4;
+  if (op.tokens == 0 || !computes(op)) return 0;
+  return rows_of_slots(op) * (op.dim + 2) * 4 + 4;
 }
 
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream) {
   if (op.tokens == 0) return;
-  if (!few_queries(op)) return paged_rows_sm90(op, stream);
-  Args args{};
+  if (!computes(op)) return paged_rows_sm90(op, stream);
+  PagedArgs args{};
   args.keys = {op.pages, op.lengths, static_cast<int32_t>(op.most_pages), static_cast<int32_t>(op.page_size),
                static_cast<int32_t>(op.page_count)};
   args.q = static_cast<const __nv_bfloat16*>(op.q.data), args.out = static_cast<__nv_bfloat16*>(op.out.data);
@@ -343,17 +366,16 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.starts = op.starts;
   args.kv_heads = static_cast<int32_t>(op.kv_heads), args.group = static_cast<int32_t>(op.heads / op.kv_heads);
   args.sequences = static_cast<int32_t>(op.sequences);
-  args.most_rows = static_cast<int32_t>(most_rows(op));
+  args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.factor = op.scale * 1.4426950408889634f;
-  const int64_t parts = op.sequences * op.kv_heads * most_chunks(op) * most_rows(op);
-  args.parts.out = static_cast<float*>(workspace);
-  args.parts.top = args.parts.out + parts * op.dim;
-  args.parts.sum = args.parts.top + parts;
-  args.parts.begins = reinterpret_cast<int32_t*>(args.parts.sum + parts);
-  const auto s = static_cast<cudaStream_t>(stream);
-  if (op.dim == 64) return launch<64>(op, args, s);
-  if (op.dim == 96) return launch<96>(op, args, s);
-  launch<128>(op, args, s);
+  args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
+  args.slots.out = static_cast<float*>(workspace);
+  args.slots.top = args.slots.out + rows_of_slots(op) * op.dim;
+  args.slots.sum = args.slots.top + rows_of_slots(op);
+  args.slots.span = reinterpret_cast<int32_t*>(args.slots.sum + rows_of_slots(op));
+  if (op.page_dtype != DType::e4m3) return launch_dim(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
+  const auto codes = [](const void* pages) { return static_cast<const uint8_t*>(pages); };
+  launch_dim(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
 }
 
 }  // namespace eightfold

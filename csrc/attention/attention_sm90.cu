@@ -119,18 +119,8 @@ __device__ __forceinline__ void store_rows(const Args<Keys>& args, const Rows<kD
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int32_t place = 16 * warp + lane / 4 + 8 * h;
-    const float inverse = reciprocal(all.sum[h]);
-    __nv_bfloat16* to = args.out + (static_cast<int64_t>(row) + place) * args.out_token_stride + head * args.out_head_stride;
     const bool exists = place < count;
-#pragma unroll
-    for (int i = 0; i < kDim / 8; i += 4) {
-      uint32_t words[4];
-#pragma unroll
-      for (int j = 0; j < 4; ++j)
-        words[j] = pack_bf16(__fmul_rn(all.out[4 * (i + j) + 2 * h], inverse), __fmul_rn(all.out[4 * (i + j) + 2 * h + 1], inverse));
-      transpose_quad(words, lane % 4);
-      if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (lane % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
-    }
+    store_row<kDim>(args.out + (static_cast<int64_t>(row) + place) * args.out_token_stride + head * args.out_head_stride, all, h, exists);
     if (exists && args.lse && lane % 4 == 0)
       args.lse[head * args.tokens + row + place] = (all.top[h] + lg2_approx(all.sum[h])) * 0.69314718056f;
   }

@@ -162,6 +162,7 @@ struct Pages {
       check_dtype(**scales, {ScalarType::Float}, op, name);
       check_shape(**scales, {count(), kv_heads(), page_size()}, op, name);
       check_contiguous(**scales, op, name);
+      if (k.is_cuda()) check_aligned(**scales, 16, op, name);
     }
   }
 };
@@ -212,7 +213,6 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 #ifdef EIGHTFOLD_WITH_CUDA
   if (q.is_cuda()) {
     const int64_t size = args.page_size;
-    EF_CHECK(!cache.codes(), op, ": k_pages must be bfloat16 on CUDA, got float8_e4m3fn");
     EF_CHECK(size % 128 == 0 || 128 % size == 0, op, ": k_pages must have pages of 16, 32, 64 or a multiple of 128 keys on CUDA, got ",
              size);
     OnDeviceOf device(q);

@@ -63,8 +63,43 @@ def test_one_token_at_a_time(page_size, dtype, device):
     assert torch.equal(in_pieces(q, k, v, LENGTHS, [1] * 700, page_size), whole)
 
 
+def last_rows_alone_and_together(lengths, heads, kv_heads, dim, most, device, codes=False):
+    """The last rows of sequences, all at once and one after the other, and as the whole sequences give them."""
+    q, k, v, starts = packed(lengths, heads, kv_heads, dim, torch.bfloat16, device)
+    cache = Cache(lengths, kv_heads, dim, torch.bfloat16, device, 64, codes)
+    cache.store(k, v, starts)
+    whole = attention(q, *(cache.values(lengths) if codes else (k, v)), starts=starts)
+    rows, first = [min(n, most) for n in lengths], starts.tolist()
+    index = [torch.arange(end - n, end, device=device) for end, n in zip(first[1:], rows, strict=True)]
+    together = cache.attend(q[torch.cat(index)], starts_of(rows, device), lengths, most)
+    assert torch.equal(together, whole[torch.cat(index)])
+    pages = cache.pages
+    for s in {0, 1, len(lengths) // 2, len(lengths) - 1}:
+        cache.pages = pages[s : s + 1]
+        one = cache.attend(q[index[s]], starts_of(rows[s : s + 1], device), lengths[s : s + 1], most)
+        assert torch.equal(one, whole[index[s]]), f"sequence {s} of {lengths[s]} keys"
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "most"), [(32, 16, 64, 1), (16, 16, 96, 40), (63, 9, 128, 9)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_unequal_sequences(codes, heads, kv_heads, dim, most, device):
+    """Spans of one chunk, of several and of all: chunks are folded by one block, by a second kernel, or by both."""
+    lengths = [3, 511, 512, 513, 1030, 1537]
+    if device.type == "cuda":
+        lengths += [5000, 20000, 1024, 33 * 512 + 1]
+    else:
+        heads, kv_heads = heads // kv_heads, 1
+    last_rows_alone_and_together(lengths, heads, kv_heads, dim, most, device, codes)
+
+
+def test_many_sequences(device):
+    """More than a block of the decoding kernel has threads: a thread counts the units of several."""
+    lengths = [1 + i * 7 % 45 for i in range(1100)]
+    lengths[500], lengths[1099] = 3000 if device.type == "cuda" else 600, 700
+    last_rows_alone_and_together(lengths, 4, 2, 64, 1, device)
+
+
 def test_codes_in_pieces(device):
-    skip_what_cuda_lacks(device, codes=True)
     q, k, v, _ = packed(LENGTHS, 7, 1, 64, torch.bfloat16, device)
     whole = in_pieces(q, k, v, LENGTHS, [700], 16, codes=True)
     assert whole.isfinite().all()

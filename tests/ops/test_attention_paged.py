@@ -41,30 +41,25 @@ def test_against_float64(shape, dtype, page_size, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 32])
-def test_codes_are_their_values(dim, dtype, device):
+@pytest.mark.parametrize("page_size", [16, 32, 256])
+@pytest.mark.parametrize("shape", [(7, 1, 64), (6, 2, 128), (4, 4, 96), (66, 1, 64), (4, 2, 32)], ids=str)
+def test_codes_are_their_values(shape, page_size, dtype, device):
     """Over E4M3 pages: the bits of attention over the bfloat16 keys and values that they stand for."""
-    skip_what_cuda_lacks(device, dtype, dim, codes=True)
+    skip_what_cuda_lacks(device, dtype, shape[2])
     lengths = [1, 40, 129, 600]
-    q, k, v, starts = packed(lengths, 7, 1, dim, dtype, device)
-    cache = Cache(lengths, 1, dim, dtype, device, page_size=32, codes=True)
+    q, k, v, starts = packed(lengths, *shape, dtype, device)
+    cache = Cache(lengths, *shape[1:], dtype, device, page_size, codes=True)
     cache.store(k * 3, v, starts)
-
-    def values(pages, scales):
-        wide = (pages.float() * scales[..., None]).bfloat16().to(dtype)
-        return torch.cat(
-            [
-                wide[cache.pages[s, : -(-n // 32)].long()].transpose(1, 2).flatten(0, 1)[:n]
-                for s, n in enumerate(lengths)
-            ]
-        )
-
-    k8, v8 = values(cache.k_pages, cache.k_scales), values(cache.v_pages, cache.v_scales)
+    k8, v8 = (x.to(dtype) for x in cache.values(lengths))
     assert relative(k8, k * 3) < 0.04
     expected = public.attention(q, k8, v8, starts=starts)
-    assert torch.equal(cache.attend(q, starts, lengths), expected)
-    rows, begins = last_rows(q, starts, lengths, 1)
-    assert torch.equal(cache.attend(rows, begins, lengths, 1), last_rows(expected, starts, lengths, 1)[0])
+    wide = Cache(lengths, *shape[1:], dtype, device, page_size)
+    wide.store(k8, v8, starts)
+    for most in (1, 9, 600):
+        rows, begins = last_rows(q, starts, lengths, most)
+        want, _ = last_rows(expected, starts, lengths, most)
+        assert torch.equal(cache.attend(rows, begins, lengths, most), want), f"codes, {most} rows of a sequence"
+        assert torch.equal(wide.attend(rows, begins, lengths, most), want), f"wide pages, {most} rows of a sequence"
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -98,7 +93,6 @@ def test_last_of_a_slot_stays():
 @pytest.mark.parametrize("codes", [False, True])
 def test_what_is_not_a_key_does_not_matter(codes, device):
     """Pages beyond a length, unused pages, places after the last key, page numbers that stand for nothing."""
-    skip_what_cuda_lacks(device, codes=codes)
     lengths = [5, 16, 130, 513]
     q, k, v, starts = packed(lengths, 4, 2, 64, torch.bfloat16, device)
     cache = Cache(lengths, 2, 64, torch.bfloat16, device, codes=codes)
@@ -127,7 +121,6 @@ def test_sequences_without_rows(device):
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_public_functions(codes, device):
-    skip_what_cuda_lacks(device, codes=codes)
     q, k, v, starts = packed([40], 4, 2, 64, torch.bfloat16, device)
     cache = Cache([40], 2, 64, torch.bfloat16, device, codes=codes)
     scales = {"k_scales": cache.k_scales, "v_scales": cache.v_scales}
@@ -141,17 +134,12 @@ def test_public_functions(codes, device):
 @pytest.mark.gpu
 def test_what_cuda_refuses():
     q, *_, starts = packed([40], 4, 2, 64, torch.bfloat16, "cuda")
-    for page_size, codes, message in (
-        (16, True, "must be bfloat16 on CUDA"),
-        (48, False, "multiple of 128 keys on CUDA"),
-    ):
-        with pytest.raises(RuntimeError, match=message):
-            Cache([40], 2, 64, torch.bfloat16, "cuda", page_size, codes).attend(q, starts, [40])
+    with pytest.raises(RuntimeError, match="multiple of 128 keys on CUDA"):
+        Cache([40], 2, 64, torch.bfloat16, "cuda", 48).attend(q, starts, [40])
 
 
 @pytest.mark.parametrize("codes", [False, True])
 def test_torch_citizen(codes, device):
-    skip_what_cuda_lacks(device, codes=codes)
     q, k, v, starts = packed([9, 40], 4, 2, 64, torch.bfloat16, device)
     cache = Cache([9, 40], 2, 64, torch.bfloat16, device, codes=codes)
     cache.store(k, v, starts)

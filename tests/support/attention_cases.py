@@ -14,15 +14,13 @@ def takes_pages_of(device, page_size):
     return device.type != "cuda" or 128 % page_size == 0 or page_size % 128 == 0
 
 
-def skip_what_cuda_lacks(device, dtype=torch.bfloat16, dim=64, page_size=16, codes=False):
+def skip_what_cuda_lacks(device, dtype=torch.bfloat16, dim=64, page_size=16):
     if device.type != "cuda":
         return
     if dtype != torch.bfloat16 or dim not in (64, 96, 128):
         pytest.skip("bfloat16 with heads of 64, 96 or 128 alone on CUDA")
     if not takes_pages_of(device, page_size):
         pytest.skip("on CUDA pages of 16, 32, 64 or a multiple of 128 keys")
-    if codes:
-        pytest.skip("on CUDA no attention over E4M3 pages yet")
 
 
 def starts_of(lengths, device="cpu"):
@@ -83,6 +81,15 @@ class Cache:
         bounds = pairwise(starts.tolist())
         slots = torch.cat([self.slots(s, 0, b - a) for s, (a, b) in enumerate(bounds)])
         torch.ops.eightfold.paged_store_(k, v, *self.tensors, slots)
+
+    def values(self, lengths):
+        """The packed bfloat16 keys and values that E4M3 pages stand for."""
+        counts, made = [-(-n // self.page_size) for n in lengths], []
+        for pages, scales in ((self.k_pages, self.k_scales), (self.v_pages, self.v_scales)):
+            wide = (pages.float() * scales[..., None]).bfloat16().transpose(1, 2)
+            owned = [wide[own[:count].long()].flatten(0, 1) for own, count in zip(self.pages, counts, strict=True)]
+            made.append(torch.cat([x[:n] for x, n in zip(owned, lengths, strict=True)]))
+        return made
 
     def attend(self, q, starts, lengths, longest=None, scale=None):
         device = q.device

@@ -108,8 +108,8 @@ def paged_attention(
     Args:
         q: bfloat16, or float32 on the CPU, [tokens, heads, dim] as for ``attention``.
         k_pages, v_pages: [page, kv_heads, page_size, dim], contiguous, page_size a multiple of 16 (on CUDA 16, 32, 64
-            or a multiple of 128), in q's dtype or, on the CPU, float8_e4m3fn. Key i of sequence s is at place
-            i % page_size of page pages[s, i // page_size].
+            or a multiple of 128), in q's dtype or float8_e4m3fn. Key i of sequence s is at place i % page_size of page
+            pages[s, i // page_size].
         pages: int32 [sequences, most_pages], contiguous; what lies beyond a sequence's length is not read.
         starts: int32 [sequences + 1], rising from 0 to tokens: the first row of q of each sequence.
         lengths: int32 [sequences]: keys of each sequence, those of its rows of q included.

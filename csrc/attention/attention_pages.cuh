@@ -1,0 +1,98 @@
+// Tiles of keys and values on their way from pages to shared memory, a lane of a warp asking for a share of each; and codes made wide.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+
+#include "attention/attention_keys.cuh"
+#include "attention/attention_tile.cuh"
+#include "core/fp8_vector.cuh"
+#include "core/memory.cuh"
+#include "core/tma_stream.cuh"
+
+namespace eightfold::attention {
+
+// A lane's share of a tile: the keys that a page has of it, or `part` of their dimension.
+struct Share {
+  int32_t head, page, place;  // place: of the first key in the page
+  int32_t begin, part;        // begin: of the first key in the tile
+};
+
+struct WidePages {
+  static constexpr bool kCodes = false;
+  CUtensorMap maps[2];  // of keys and values
+
+  template <int kDim>
+  struct Tile {
+    static constexpr int kBytes = Shape<kDim>::kTileBytes, kParts = Shape<kDim>::kBlocks;
+  };
+
+  __device__ __forceinline__ void prefetch() const {
+    tma_prefetch_map(&maps[0]);
+    tma_prefetch_map(&maps[1]);
+  }
+  // Of the tile's keys, of which `kept` exist, those that come. The maps give zeros for pages that there are not.
+  __device__ __forceinline__ int32_t coming(const PagedKeys&, int32_t) const { return kTile; }
+
+  template <int kDim>
+  __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys&, const Share& share) const {
+    tma_load_4d(to + share.part * Shape<kDim>::kBlockBytes + share.begin * 128, &maps[which], barrier, 64 * share.part, share.place,
+                share.head, share.page);
+  }
+};
+
+// E4M3: the codes of a tile's keys, then their scales. A page is a run of bytes.
+struct CodePages {
+  static constexpr bool kCodes = true;
+  const uint8_t* codes[2];
+  const float* scales[2];
+  int32_t kv_heads;
+
+  template <int kDim>
+  struct Tile {
+    static constexpr int kBytes = kTile * (kDim + 4), kParts = 1;
+  };
+
+  __device__ __forceinline__ void prefetch() const {}
+  __device__ __forceinline__ int32_t coming(const PagedKeys& keys, int32_t kept) const {
+    const int32_t size = min(keys.page_size, kTile);
+    return min((kept + size - 1) / size * size, kTile);
+  }
+
+  template <int kDim>
+  __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys& keys, const Share& share) const {
+    const int32_t size = min(keys.page_size, kTile), page = min(share.page, keys.page_count - 1);
+    const int64_t key = (static_cast<int64_t>(page) * kv_heads + share.head) * keys.page_size + share.place;
+    bulk_load(to + share.begin * kDim, codes[which] + key * kDim, size * kDim, barrier);
+    bulk_load(to + kTile * kDim + share.begin * 4, scales[which] + key, size * 4, barrier);
+  }
+};
+
+// A tile of CodePages as the tensor core wants it, bf16(code * scale); keys from `kept` on are zeros, whatever came for them. By all
+// threads of a warpgroup; async_fence() and a meeting follow. Neighbours take neighbouring eight codes, and each the same of every
+// kStep-th key: no bank of shared memory is asked twice at once.
+template <int kDim>
+__device__ __forceinline__ void widen(uint32_t to, uint32_t tile, int32_t kept) {
+  constexpr int kPieces = kDim / 8, kStep = 128 / kPieces / 8 * 8;  // a multiple of 8 keys keeps the swizzle
+  const uint32_t thread = in_register(threadIdx.x % 128), key = thread / kPieces, piece = thread % kPieces;
+  if (thread >= kStep * kPieces) return;
+  const uint32_t from = tile + 8 * thread, scale = tile + kTile * kDim + 4 * key;
+  to += piece / 8 * Shape<kDim>::kBlockBytes + key * 128 + (piece % 8 ^ key % 8) * 16;
+#pragma unroll 4
+  for (int32_t i = 0; i < kTile; i += kStep) {
+    uint4 words = make_uint4(0, 0, 0, 0);
+    if (static_cast<int32_t>(key) + i < kept) {
+      const float2 pair = load_shared_pair(from + i * kDim);
+      const Octet<ScaledCodes> codes{{__float_as_uint(pair.x), __float_as_uint(pair.y), __float_as_uint(load_shared_float(scale + 4 * i))}};
+      float values[8];
+#pragma unroll
+      for (int j = 0; j < 8; ++j) values[j] = codes.value(j);
+      Octet<__nv_bfloat16> wide;
+      wide.set(values);
+      words = make_uint4(wide.words[0], wide.words[1], wide.words[2], wide.words[3]);
+    }
+    store_shared(to + i * 128, words);
+  }
+}
+
+}  // namespace eightfold::attention
