@@ -16,12 +16,14 @@ from typing import Literal
 
 import torch
 
+from eightfold.generate.decoding import DecodeRow, DecodeStep, Drawn, draw
 from eightfold.generate.pages import PagePool
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
-from eightfold.models.head import row_log_probs, row_logits
-from eightfold.ops import sample
+from eightfold.models.head import row_logits
+from eightfold.models.precision import KeptWeights
+from eightfold.ops import kernels_run_on
 
 Finish = Literal["stop", "length"]
 _SEED_STEP = 0x9E3779B97F4A7C15  # odd: seeds of the samples of a request are all different
@@ -64,12 +66,13 @@ class Completion:
 @dataclass(frozen=True)
 class RolloutOptions:
     """pages of `page_size` tokens are the cache; at most `sequences` run at once, and `prefill_tokens` tokens of
-    prompts are computed in a step."""
+    prompts are computed in a step. cuda_graphs: steps of one token are replayed (None: where there are kernels)."""
 
     pages: int
     page_size: int = 64
     sequences: int = 256
     prefill_tokens: int = 8192
+    cuda_graphs: bool | None = None
 
     def __post_init__(self):
         for name in ("pages", "page_size", "sequences", "prefill_tokens"):
@@ -100,6 +103,19 @@ class _Sequence:
     def drawn(self) -> list[int]:
         return self.tokens[len(self.request.prompt) :]
 
+    @property
+    def left(self) -> int:
+        """Tokens that may still be drawn."""
+        return self.request.max_tokens + len(self.request.prompt) - len(self.tokens)
+
+
+@dataclass
+class _Flight:
+    """A step that was asked for and not read yet."""
+
+    sequences: list[_Sequence]
+    drawn: Drawn
+
 
 class Rollout:
     """An engine over one decoder. Weights must not change while `generate` runs; between two calls they may."""
@@ -109,6 +125,11 @@ class Rollout:
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.cache = PagedCache(model.config, options.pages, options.page_size, model.compute.dtype, model.device)
         self.pool = PagePool(options.pages)
+        self.kept = KeptWeights(model.compute.dtype)
+        graphs = kernels_run_on(model.device) if options.cuda_graphs is None else options.cuda_graphs
+        self._steps = DecodeStep(model, self.cache, options.sequences, graphs)
+        self._ahead = model.device.type == "cuda"  # a step is asked for before the one ahead of it is read
+        self._flight: _Flight | None = None
         self._waiting: deque[_Sequence] = deque()
         self._running: list[_Sequence] = []
 
@@ -129,9 +150,12 @@ class Rollout:
             ]
             samples[0].followers = samples[1:]
             self._waiting.append(samples[0])
-        self._head = self.model.lm_head.weight.detach().to(self.model.compute.dtype)
+        self.kept.refresh()
+        longest = max((len(request.prompt) + request.max_tokens for request in requests), default=1)
+        self._head = self.kept.rounded(self.model.lm_head)
+        self._steps.prepare(self._head, -(-longest // self.options.page_size))
         try:
-            with self.model.compute.constant_weights():
+            with self.model.compute.constant_weights(self.kept):
                 while self._waiting or self._running:
                     for sequence, finish in self._step():
                         completion = Completion(sequence.drawn, sequence.log_probs, finish)
@@ -141,7 +165,7 @@ class Rollout:
         finally:
             for sequence in self._running:
                 self._give_back(sequence)
-            self._running, self._waiting, self._head = [], deque(), None
+            self._running, self._waiting, self._flight = [], deque(), None
         return results
 
     def _check(self, index: int, request: Request) -> None:
@@ -160,13 +184,62 @@ class Rollout:
         if request.stop and self.tokenizer is None:
             raise ValueError(f"requests[{index}]: strings to stop at need a tokenizer, got none")
 
-    # ---- one step: prompts, then one token of everything that runs ----
+    # ---- one step: one token of everything that runs, then prompts ----
 
     def _step(self) -> list[tuple[_Sequence, Finish]]:
-        # Running sequences first: a sequence that has to give up its pages for them then has no row under way.
+        ended = self._decode()
+        pieces = self._next_pieces()
+        if pieces:
+            ended += self._land()  # a sequence that gives up its pages must have no token on its way
+            ended += self._draw(self._compute(pieces))
+        return ended
+
+    def _decode(self) -> list[tuple[_Sequence, Finish]]:
+        """Asks for one token more of every running sequence; takes in those of the step before."""
+        flight = self._flight
+        if flight is not None and self._goes_on(flight):
+            self._launch(flight.sequences)
+            return self._take(flight)
+        ended = self._land()
         ready = self._with_pages([s for s in self._running if 0 < s.cached == len(s.tokens) - 1])
-        rows = self._compute([(s, 1) for s in ready])
-        return self._draw(rows + self._compute(self._next_pieces()))
+        if ready:
+            rows = [DecodeRow(s.tokens[-1], s.cached, s.pages, s.seed, s.request.options) for s in ready]
+            self._steps.load(rows)
+            self._launch(ready)
+            if not self._ahead:
+                ended += self._land()
+        return ended
+
+    def _goes_on(self, flight: _Flight) -> bool:
+        """Whether the same sequences take another step: none has ended for certain, each has a page."""
+        size, grown = self.options.page_size, []
+        if any(s.left < 2 or not s.pages for s in flight.sequences):
+            return False
+        for index, sequence in enumerate(flight.sequences):
+            if len(sequence.pages) * size <= sequence.cached:
+                grown.append((index, sequence))
+        if len(grown) > self.pool.free:
+            return False
+        for index, sequence in grown:
+            sequence.pages.append(self.pool.take())
+            self._steps.set_pages(index, sequence.pages)
+        return True
+
+    def _launch(self, sequences: list[_Sequence]) -> None:
+        self._flight = _Flight(sequences, self._steps.launch())
+        for sequence in sequences:
+            sequence.cached += 1
+
+    def _land(self) -> list[tuple[_Sequence, Finish]]:
+        flight, self._flight = self._flight, None
+        return [] if flight is None else self._take(flight)
+
+    def _take(self, flight: _Flight) -> list[tuple[_Sequence, Finish]]:
+        """The tokens of a step; those of sequences that ended while it was under way are dropped. Whoever ends leaves a
+        batch that is not what the next step needs."""
+        tokens, log_probs = flight.drawn.read()
+        drawn = [d for d in zip(flight.sequences, tokens, log_probs, strict=True) if d[0].pages]
+        return self._append(*zip(*drawn, strict=True)) if drawn else []
 
     def _next_pieces(self) -> list[tuple[_Sequence, int]]:
         """The tokens of prompts that this step computes."""
@@ -285,19 +358,19 @@ class Rollout:
             return []
         sequences = [sequence for sequence, _ in rows]
         options = [sequence.request.options for sequence in sequences]
-        logits = row_logits(torch.cat([row for _, row in rows]), self._head)
-        temperatures = self._tensor([o.temperature for o in options], torch.float32)
-        tokens = sample(
-            logits,
+        tokens, log_probs = draw(
+            row_logits(torch.cat([row for _, row in rows]), self._head),
             self._tensor([s.seed for s in sequences], torch.int64),
             self._tensor([len(s.tokens) for s in sequences], torch.int64),
-            temperatures,
+            self._tensor([o.temperature for o in options], torch.float32),
             self._tensor([o.top_k for o in options], torch.int32),
             self._tensor([o.top_p for o in options], torch.float32),
         )
-        log_probs = row_log_probs(logits, tokens, temperatures)
+        return self._append(sequences, tokens.tolist(), log_probs.tolist())
+
+    def _append(self, sequences, tokens, log_probs) -> list[tuple[_Sequence, Finish]]:
         ended = []
-        for sequence, token, log_prob in zip(sequences, tokens.tolist(), log_probs.tolist(), strict=True):
+        for sequence, token, log_prob in zip(sequences, tokens, log_probs, strict=True):
             if token < 0:
                 raise ValueError(f"requests[{sequence.place[0]}]: the model's logits are not finite")
             sequence.tokens.append(token)
@@ -310,9 +383,13 @@ class Rollout:
         return ended
 
     def _finish(self, sequence: _Sequence) -> Finish | None:
-        request, drawn = sequence.request, sequence.drawn
-        if drawn[-1] in request.stop_ids:
+        request, last = sequence.request, sequence.tokens[-1]
+        if last in request.stop_ids:
             return "stop"
-        if request.stop and any(text in self.tokenizer.decode(drawn) for text in request.stop):
-            return "stop"
-        return "length" if len(drawn) == request.max_tokens else None
+        if request.stop:
+            # A token of the text is a byte at least: no string to stop at that has just ended begins before this.
+            begin = max(len(request.prompt), len(sequence.tokens) - max(len(t.encode()) for t in request.stop) - 4)
+            text = self.tokenizer.decode(sequence.tokens[begin:])
+            if any(stop in text for stop in request.stop):
+                return "stop"
+        return "length" if sequence.left == 0 else None

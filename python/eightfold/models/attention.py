@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eightfold.ops import attention, paged_attention, paged_store_
+from eightfold.ops import attention, paged_attention, paged_store_, rope_cache_write
 
 # On Hopper cuDNN's kernels take half the time of torch's own, forward and backward; but it plans anew for every shape,
 # which generation, where the shapes grow, cannot afford.
@@ -193,5 +193,20 @@ class Paged:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         paged_store_(k[0], v[0], keys, values, self.slots)
-        out = paged_attention(q[0], keys, values, self.pages, self.starts, self.lengths, longest=self.longest)
+        return self._attend(q[0], keys, values)
+
+    def of_projections(self, layer: int, q, k, v, tables, norms=(None, None)) -> torch.Tensor:
+        """The same of q, k and v that are not rotated yet, nor q and k normalised by the weights of `norms`: one kernel
+        does that and stores, with the bits of the ops apart."""
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        cos, sin = (table[0, :, 0] for table in tables)
+        weights = {}
+        if norms[0] is not None:
+            weights = {"q_weight": norms[0].weight, "k_weight": norms[1].weight, "eps": norms[0].eps}
+        return self._attend(
+            rope_cache_write(q[0], k[0], v[0], cos, sin, keys, values, self.slots, **weights), keys, values
+        )
+
+    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        out = paged_attention(q, keys, values, self.pages, self.starts, self.lengths, longest=self.longest)
         return out.flatten(1)[None]

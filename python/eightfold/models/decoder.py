@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from eightfold.models.attention import KVCache, Packed, Whole, attention_bias, document_segments
+from eightfold.models.attention import KVCache, Packed, Paged, Whole, attention_bias, document_segments
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
@@ -64,6 +64,11 @@ class DecoderLayer(nn.Module):
     def forward(self, stream, branch, tables, attend):
         attn = self.self_attn
         projections, norm = (attn.q_proj, attn.k_proj, attn.v_proj), self.input_layernorm
+        if isinstance(attend, Paged):
+            stream, qkv = self.compute.norm_linears(branch, norm, projections, stream)
+            mixed = self._paged(attend, [x.unflatten(-1, (-1, attn.head_dim)) for x in qkv], tables)
+            mixed = self.compute.attention_output(mixed, attn.o_proj)
+            return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
         if attn.q_norm is None:
             stream, (q, k, v) = self.compute.norm_qkv(branch, norm, projections, tables, attn.head_dim, stream)
         else:
@@ -73,6 +78,12 @@ class DecoderLayer(nn.Module):
             q, k = rotary(q, *tables), rotary(k, *tables)
         mixed = self.compute.attention_output(attend(self.index, q, k, v), attn.o_proj)
         return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
+
+    def _paged(self, attend, qkv, tables):
+        (q, k, v), norms = qkv, (self.self_attn.q_norm, self.self_attn.k_norm)
+        if norms[0] is not None and not self.compute.kernel_norm:
+            q, k, norms = self.compute.norm(q, norms[0]), self.compute.norm(k, norms[1]), (None, None)
+        return attend.of_projections(self.index, q, k, v, tables, norms)
 
 
 class Trunk(nn.Module):

@@ -101,6 +101,7 @@ class KeptWeights:
 
 class FP32:
     dtype = torch.float32
+    kernel_norm = False  # whether `norm` gives the bits of `ops.rms_norm`
 
     def __init__(self):
         self._kept: KeptWeights | None = None
@@ -159,6 +160,19 @@ class BF16(FP32):
         bias = None if layer.bias is None else layer.bias.to(self.dtype).float()
         return F.linear(x.float(), self._kept.widened(layer), bias).to(self.dtype)
 
+    def norm(self, x, norm):
+        return fused.fp8_rms_norm(x, norm.weight, norm.eps) if self._generating(x) else super().norm(x, norm)
+
+    def norm_mlp(self, x, norm, mlp, residual=None):
+        if not self._generating(x):
+            return super().norm_mlp(x, norm, mlp, residual)
+        stream, (gate, up) = self.norm_linears(x, norm, (mlp.gate_proj, mlp.up_proj), residual)
+        return stream, self.linear(F.silu(gate.float(), inplace=True).mul_(up).to(gate.dtype), mlp.down_proj)
+
+    def _generating(self, x):
+        """Whether to take few kernels: a step of one token is a chain of them, with little to do for each."""
+        return self._kept is not None and x.device.type != "cpu"
+
     def head(self, x, layer):
         if self._kept is None or layer.weight.device.type != "cpu":
             return super().head(x, layer)
@@ -166,6 +180,8 @@ class BF16(FP32):
 
 
 class FP8(BF16):
+    kernel_norm = True
+
     def __init__(self, save: Save = "columns"):
         super().__init__()
         self.save = save

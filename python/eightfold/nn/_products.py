@@ -97,8 +97,9 @@ class ServedCodes(WeightCache):
             return self._each[weights[0]]
         if weights not in self._stacks:
             codes, scales = zip(*(self._each[weight] for weight in weights), strict=True)
-            stack = torch.cat([each.view(torch.uint8) for each in codes]).view(codes[0].dtype)
-            stack_scales = torch.cat(scales)
+            with torch.inference_mode(False), torch.no_grad():
+                stack = torch.cat([each.view(torch.uint8) for each in codes]).view(codes[0].dtype)
+                stack_scales = torch.cat(scales)
             # What they were stacked from becomes views: a byte an element is kept, not two.
             parts = stack.split([len(each) for each in codes]), stack_scales.split([len(each) for each in scales])
             self._each.update(zip(weights, zip(*parts, strict=True), strict=True))

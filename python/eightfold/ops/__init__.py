@@ -1,6 +1,7 @@
 """Public functions over torch.ops.eightfold.*, one module a family."""
 
 from eightfold.ops import _library
+from eightfold.ops._fallback import kernels_run_on
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.attention import attention, paged_attention, paged_store_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
@@ -41,6 +42,7 @@ __all__ = [
     "fp8_gemm_accumulate_",
     "gemm",
     "gemm_plan",
+    "kernels_run_on",
     "paged_attention",
     "paged_store_",
     "quantize",

@@ -68,6 +68,11 @@ def has_kernels(dispatch_key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::quantize", dispatch_key)
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether ops on ``device`` are this library's CUDA kernels, which a CUDA graph can capture."""
+    return device.type == "cuda" and has_kernels("CUDA") and torch.cuda.get_device_capability(device) == HOPPER
+
+
 def _check_devices() -> None:
     capabilities = [torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())]
     others = [i for i, capability in enumerate(capabilities) if capability != HOPPER]

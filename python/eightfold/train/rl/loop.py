@@ -85,6 +85,8 @@ class _Run:
         else:
             sampled = model if precision == model.precision else model.in_precision(precision)
         self.rollout = Rollout(sampled, options, tokenizer)
+        if sampled is model and model.precision == "fp8":
+            model.compute.codes = self.rollout.kept.codes  # training reads the bytes that the rollout read
         self.stop_ids = frozenset(stop_ids(model.config.eos_token_id, tokenizer.eos_token_id))
         self.step = 0
         self.result = RlResult()
@@ -250,6 +252,7 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.rollout.kept.refresh()
         return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
     def _fail(self, record: dict, owners: list[PromptItem], completions: list[Completion], verdicts: list[Verdict]):

@@ -38,6 +38,7 @@ class PolicyCopy:
     def __init__(self, model: Decoder, precision: Precision) -> None:
         self._model = model
         self.decoder = model.in_precision(precision)
+        self._received = False
 
     @torch.no_grad()
     def receive(self) -> None:
@@ -48,24 +49,27 @@ class PolicyCopy:
             if isinstance(module, FSDPModule):  # a pass without a backward leaves parameters gathered
                 module.reshard()
         decoder, compute = self.decoder, self.decoder.compute
-        served = ServedCodes() if decoder.precision == "fp8" else None
-        if served is not None:
-            compute.served = None  # the codes before these are let go first
+        served = None
+        if decoder.precision == "fp8":
+            served = compute.served = compute.served or ServedCodes()
         for name, parameter in self._model.named_parameters():
             path, _, leaf = name.rpartition(".")
             module = decoder.get_submodule(path)
             in_codes = isinstance(module, nn.Linear) and module is not decoder.lm_head and leaf == "weight"
             if served is not None and in_codes:
-                # Nothing reads it: it only says shape, dtype and device.
-                value = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
-            else:
-                value = _in_compute_dtype(parameter.detach(), compute.dtype).full_tensor()
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-            if served is not None and in_codes:
+                if not self._received:
+                    # Nothing reads it: it only says shape, dtype and device.
+                    blank = torch.empty((), dtype=parameter.dtype, device=parameter.device).expand(parameter.shape)
+                    setattr(module, leaf, nn.Parameter(blank, requires_grad=False))
                 served.put(getattr(module, leaf), *gathered_codes(parameter))
+                continue
+            value = _in_compute_dtype(parameter.detach(), compute.dtype).full_tensor()
+            if self._received:  # in the place of the values before: CUDA graphs read them there
+                getattr(module, leaf).copy_(value)
+            else:
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         decoder.tie_weights()
-        if served is not None:
-            compute.served = served
+        self._received = True
 
 
 def _in_compute_dtype(value: DTensor, dtype: torch.dtype) -> DTensor:

@@ -1,0 +1,190 @@
+"""The step of a rollout that is taken most: one token of each running sequence, on the device from end to end.
+
+A step makes the inputs of the next: the host may ask for a step before it has read what the last one drew. On CUDA it
+is one graph, captured for a few numbers of rows (what a batch lacks is blank), and replayed with the sequences of the
+moment: their pages, lengths, seeds and options are data.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from eightfold.generate.text import SamplingOptions
+from eightfold.models.attention import Paged, PagedCache
+from eightfold.models.decoder import Decoder
+from eightfold.models.head import row_log_probs, row_logits
+from eightfold.ops import sample
+
+_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+_BEYOND = 256  # from the last of them on, multiples of this
+
+
+@dataclass
+class DecodeRow:
+    """A sequence whose last token waits for its successor: that token and its place in the text."""
+
+    token: int
+    position: int
+    pages: list[int]
+    seed: int
+    options: SamplingOptions
+
+
+def draw(
+    logits: torch.Tensor,
+    seeds: torch.Tensor,
+    positions: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens of rows of logits, each for its place `positions` in its text, and their log-probabilities. A row without
+    a token (its logits are not finite) gives -1."""
+    tokens = sample(logits, seeds, positions, temperatures, top_k, top_p)
+    return tokens, row_log_probs(logits, tokens.clamp(min=0), temperatures)
+
+
+class Drawn:
+    """What a step drew: `read()` waits for it."""
+
+    def __init__(self, tokens: torch.Tensor, log_probs: torch.Tensor, done: torch.cuda.Event | None):
+        self._tokens, self._log_probs, self._done = tokens, log_probs, done
+
+    def read(self) -> tuple[list[int], list[float]]:
+        if self._done is not None:
+            self._done.synchronize()
+        return self._tokens.tolist(), self._log_probs.tolist()
+
+
+class DecodeStep:
+    """One decoder, one cache, at most `capacity` rows. Weights, head and cache stay at their addresses."""
+
+    def __init__(self, model: Decoder, cache: PagedCache, capacity: int, graphs: bool):
+        self._model, self._cache, self._graphs = model, cache, graphs
+        self._capacity = bucket(capacity) if graphs else capacity
+        on = {"device": model.device}
+        self._pinned = model.device.type == "cuda"
+
+        def numbers(dtype):
+            return torch.zeros(self._capacity, dtype=dtype, **on)
+
+        self._tokens, self._positions, self._seeds = (numbers(torch.int64) for _ in range(3))
+        self._temperatures, self._top_p, self._log_probs = (numbers(torch.float32) for _ in range(3))
+        self._top_k, self._active = numbers(torch.int32), numbers(torch.int32)
+        self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
+        self._head: torch.Tensor | None = None
+        self._count, self._launches, self._changed = 0, 0, False
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        # Two of each: the host writes and reads one while the device uses the other.
+        self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
+        self._resize(1)
+
+    def _host(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.zeros(self._capacity, *shape, dtype=dtype, pin_memory=self._pinned)
+
+    def _resize(self, width: int) -> None:
+        self._width = width
+        self._table = torch.zeros(self._capacity, width, dtype=torch.int32)
+        self._sent = [self._host(torch.int32, width) for _ in range(2)]
+        self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
+        self._captured.clear()
+
+    def prepare(self, head: torch.Tensor, most_pages: int) -> None:
+        """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight."""
+        if self._head is None or self._head.data_ptr() != head.data_ptr():
+            self._captured.clear()
+        self._head = head
+        if most_pages > self._width:
+            self._resize(1 << (most_pages - 1).bit_length())
+
+    def load(self, rows: Sequence[DecodeRow]) -> None:
+        """The batch from now on; no step may be under way."""
+        self._count = len(rows)
+        columns = (
+            (self._tokens, [row.token for row in rows]),
+            (self._positions, [row.position for row in rows]),
+            (self._seeds, [row.seed for row in rows]),
+            (self._temperatures, [row.options.temperature for row in rows]),
+            (self._top_k, [row.options.top_k for row in rows]),
+            (self._top_p, [row.options.top_p for row in rows]),
+            (self._active, [1] * len(rows)),
+        )
+        for column, values in columns:
+            values = values + [1 if column is self._top_p else 0] * (self._capacity - len(values))
+            column.copy_(torch.tensor(values, dtype=column.dtype))
+        for index, row in enumerate(rows):
+            self.set_pages(index, row.pages)
+
+    def set_pages(self, index: int, pages: list[int]) -> None:
+        self._table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
+        self._changed = True
+
+    def launch(self) -> Drawn:
+        """Draws one token more of every row."""
+        turn = self._launches % 2
+        self._launches += 1
+        if self._changed:
+            self._sent[turn][: self._count] = self._table[: self._count]
+            self._pages[: self._count].copy_(self._sent[turn][: self._count], non_blocking=True)
+            self._changed = False
+        if self._graphs:
+            self._graph(bucket(self._count)).replay()
+        else:
+            self._advance(self._count)
+        host = [kept[: self._count] for kept in self._read[turn]]
+        for kept, of in zip(host, (self._tokens, self._log_probs), strict=True):
+            kept.copy_(of[: self._count], non_blocking=True)
+        done = None
+        if self._pinned:
+            done = torch.cuda.Event()
+            done.record()
+        return Drawn(*host, done)
+
+    def _advance(self, rows: int) -> None:
+        """A step of the first `rows` rows. A blank one has no keys, and writes none."""
+        part = slice(rows)
+        active, positions, pages, size = (
+            self._active[part],
+            self._positions[part],
+            self._pages[part],
+            self._cache.page_size,
+        )
+        at = pages.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
+        slots = torch.where(active > 0, at, -1)
+        lengths = (positions.int() + 1) * active
+        attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1)
+        hidden = self._model.rows_hidden(self._tokens[part].clamp(min=0), positions, attend)
+        positions += active
+        options = self._temperatures[part], self._top_k[part], self._top_p[part]
+        tokens, log_probs = draw(row_logits(hidden, self._head), self._seeds[part], positions, *options)
+        self._tokens[part] = tokens
+        self._log_probs[part] = log_probs
+
+    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
+        if rows not in self._captured:
+            state = self._tokens, self._positions, self._log_probs
+            before = [kept.clone() for kept in state]
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # what a first call makes must not be made while capturing
+                self._advance(rows)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self._pool):
+                self._advance(rows)
+            for kept, value in zip(state, before, strict=True):  # the first call's keys are written again, the same
+                kept.copy_(value)
+            self._captured[rows] = graph
+        return self._captured[rows]
+
+
+def bucket(rows: int) -> int:
+    """The number of rows for which a step of `rows` is captured."""
+    if rows > _BUCKETS[-1]:
+        return -(-rows // _BEYOND) * _BEYOND
+    return _BUCKETS[bisect_left(_BUCKETS, rows)]
