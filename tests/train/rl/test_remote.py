@@ -3,14 +3,18 @@
 import json
 import math
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
+import yaml
 
 from completions_server import serving
 from eightfold.generate.rollout import Request
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.loading import load_decoder
+from eightfold.train.report import read_log
 from eightfold.train.rl.config import parse_rl_config
 from eightfold.train.rl.loop import train_rl
 from eightfold.train.rl.remote import EngineOptions, ReloadOptions, RemoteRollout
@@ -129,6 +133,28 @@ def test_a_resumed_run_tells_the_engine_first(settings, model_folder):
         records = train_rl(parse_rl_config(settings | {"resume": "latest"})).records
     assert len(engine.reloads) == 2
     assert [record["engine_age"] for record in records] == [0]
+
+
+def test_two_processes_share_an_engine(settings, model_folder, tmp_path):
+    path = tmp_path / "settings.yaml"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with serving(model_folder) as (url, engine):
+        settings["rollout"] = {"engine": {"url": url, "model": "tiny", "reload": {"format": "fp8"}}}
+        path.write_text(yaml.safe_dump(settings))
+        run = [*launch, "-m", "eightfold.cli", "rl", str(path)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr
+        assert len(engine.reloads) == 2  # the first process alone asks for it
+        assert len(engine.bodies) == 4
+        engine.status = 500
+        settings["output"] += "-again"
+        path.write_text(yaml.safe_dump(settings))
+        done = subprocess.run(run, capture_output=True, text=True, timeout=200)
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    assert [record["engine_age"] for record in records] == [0, 0]
+    assert all(record["delta_logp_mean"] < 1e-2 for record in records)
+    assert done.returncode != 0
+    assert "update_weights_from_disk: HTTP 500: out of memory" in done.stderr
 
 
 def test_the_mode_says_so(settings, model_folder, monkeypatch):
