@@ -312,31 +312,17 @@ int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequenc
 int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
 int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
-template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream, const char* name,
-                  const Arguments&... arguments) {
-  cudaLaunchAttribute early = early_start();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.dynamicSmemBytes = static_cast<size_t>(bytes);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, arguments...);
-  check_launch(name);
-}
-
 template <int kDim, class Pages>
 void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args, cudaStream_t stream) {
   using C = Config<kDim, Pages>;
   constexpr auto kernel = paged_decode_kernel<kDim, Pages>;
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
-  launch_early(kernel, blocks_of(op), C::kThreads, C::kBytes, stream, "paged_decode_kernel", pages, args);
+  launch_kernel(true, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
   if (args.most_chunks == 1 || !few_queries(op)) return;
   const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
-  launch_early(paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream, "paged_fold_kernel", args);
+  launch_kernel(true, "paged_fold_kernel", paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream,
+                args);
 }
 
 template <class Pages>

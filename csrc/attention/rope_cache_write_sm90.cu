@@ -89,15 +89,8 @@ void rope_cache_write_sm90(const RopeCacheWrite& op, void* stream) {
   const bool norm = op.q_weight != nullptr, codes = op.store.page_dtype == DType::e4m3;
   const auto kernel = norm ? (codes ? rope_cache_write_kernel<true, true> : rope_cache_write_kernel<true, false>)
                            : (codes ? rope_cache_write_kernel<false, true> : rope_cache_write_kernel<false, false>);
-  cudaLaunchAttribute early = early_start();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((rows + kRowsOfBlock - 1) / kRowsOfBlock));
-  config.blockDim = dim3(kThreads);
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, kernel, op);
-  check_launch("rope_cache_write_kernel");
+  launch_kernel(true, "rope_cache_write_kernel", kernel, (rows + kRowsOfBlock - 1) / kRowsOfBlock, kThreads, 0,
+                static_cast<cudaStream_t>(stream), op);
 }
 
 }  // namespace eightfold

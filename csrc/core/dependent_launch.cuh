@@ -2,7 +2,11 @@
 // carries cudaLaunchAttributeProgrammaticStreamSerialization. Without the attribute both instructions do nothing.
 #pragma once
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "core/launch.cuh"
 
 namespace eightfold {
 
@@ -20,6 +24,31 @@ inline cudaLaunchAttribute early_start() {
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   return attribute;
+}
+
+// A kernel of so few rows is over about when the next has been launched: what it costs is its launch. So it starts early and lets the next
+// one start at once, which asks for its weights meanwhile.
+constexpr int64_t kFewRows = 1024;
+
+__device__ __forceinline__ void begin_rows(int64_t rows) {
+  if (rows <= kFewRows) let_next_kernel_start();
+  wait_for_earlier_kernels();
+}
+
+// kernel<<<blocks, threads, bytes, stream>>>(arguments...) with the attribute, if `early`; reports what the launch reports.
+template <class... Parameters, class... Arguments>
+void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  cudaLaunchAttribute attribute = early_start();
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = static_cast<size_t>(bytes);
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = early ? 1 : 0;
+  cudaLaunchKernelEx(&config, kernel, arguments...);
+  check_launch(name);
 }
 
 }  // namespace eightfold

@@ -4,6 +4,7 @@
 // row of one warp meets no barrier between its loads and its stores. Many short-lived blocks keep the memory busy while some compute.
 #include <algorithm>
 
+#include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "quant/norm.h"
 #include "quant/norm_training.h"
@@ -31,6 +32,7 @@ template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, We
 __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, kResidual, kCodesOnly))
     norm_rows_kernel(const RmsNorm op, int warps) {
   __shared__ float quad_sums[kMaxQuads];
+  begin_rows(op.rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = warps == 1 ? 0 : warp;
   const int64_t row = warps == 1 ? static_cast<int64_t>(blockIdx.x) * kRowsTogether + warp : blockIdx.x;
   if (row >= op.rows) return;
@@ -120,9 +122,8 @@ void launch_rows(const RmsNorm& op, cudaStream_t stream) {
   const int64_t held = int64_t{kQuads} * kQuadCols;
   const int warps = static_cast<int>(std::max<int64_t>((op.cols + held - 1) / held, 1));
   const int64_t together = warps == 1 ? kRowsTogether : 1, blocks = (op.rows + together - 1) / together;
-  norm_rows_kernel<T, kQuads, kVector, kResidual, kCodesOnly, kWeights>
-      <<<static_cast<unsigned>(blocks), static_cast<unsigned>(32 * warps * together), 0, stream>>>(op, warps);
-  check_launch("norm_rows_kernel");
+  launch_kernel(op.rows <= kFewRows, "norm_rows_kernel", norm_rows_kernel<T, kQuads, kVector, kResidual, kCodesOnly, kWeights>, blocks,
+                static_cast<int>(32 * warps * together), 0, stream, op, warps);
 }
 
 template <class T, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>

@@ -1,4 +1,5 @@
 #include "core/barrier.cuh"
+#include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "core/math.h"
 #include "core/memory.cuh"
@@ -15,6 +16,7 @@ constexpr int kBlockCols = 256 * kSteps;
 
 template <class T, bool kVector>
 __global__ void __launch_bounds__(32 * kRows) swiglu_kernel(const SwigluForward op) {
+  begin_rows(op.rows);
   const unsigned across = static_cast<unsigned>((op.cols + kBlockCols - 1) / kBlockCols);
   const int64_t row = static_cast<int64_t>(blockIdx.x / across) * kRows + threadIdx.x / 32;
   const int64_t first = static_cast<int64_t>(blockIdx.x % across) * kBlockCols + threadIdx.x % 32 * 8;
@@ -51,11 +53,8 @@ void forward_typed(const SwigluForward& op, cudaStream_t stream) {
   constexpr int64_t kAlign = 16 / sizeof(T);
   const int64_t blocks = (op.rows + kRows - 1) / kRows * ((op.cols + kBlockCols - 1) / kBlockCols);
   const bool vector = op.cols % 8 == 0 && op.gate_ld % kAlign == 0 && op.up_ld % kAlign == 0 && aligned16(op.gate) && aligned16(op.up);
-  if (vector)
-    swiglu_kernel<T, true><<<static_cast<unsigned>(blocks), 32 * kRows, 0, stream>>>(op);
-  else
-    swiglu_kernel<T, false><<<static_cast<unsigned>(blocks), 32 * kRows, 0, stream>>>(op);
-  check_launch("swiglu_kernel");
+  const auto kernel = vector ? swiglu_kernel<T, true> : swiglu_kernel<T, false>;
+  launch_kernel(op.rows <= kFewRows, "swiglu_kernel", kernel, blocks, 32 * kRows, 0, stream, op);
 }
 
 // Backward, a block a 128 x 128 tile. dgate, dup and h are made from one read; all three stay until the maxima of their columns are known:

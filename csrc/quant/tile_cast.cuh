@@ -16,8 +16,8 @@
 
 #include <cstdint>
 
+#include "core/dependent_launch.cuh"
 #include "core/fp8_vector.cuh"
-#include "core/launch.cuh"
 #include "quant/cast.h"
 #include "quant/tile.cuh"
 
@@ -380,6 +380,7 @@ __device__ __forceinline__ void cast_source(const Source& source, const TileOutp
 template <int kMinBlocks, int kBand, unsigned kWrites, class Source>
 __global__ void __launch_bounds__(tile_threads(kBand), kMinBlocks) tile_cast_kernel(Source source, TileOutput out, bool power_of_two) {
   __shared__ __align__(16) TileShared<typename Source::Element, kBand> shared;
+  begin_rows(source.rows);
   const TileShape tile = tile_of(source.rows, source.cols, blockIdx.x);
   if (source.vector && tile.full())
     cast_source<kWrites, true>(source, out, tile, shared, power_of_two);
@@ -392,8 +393,8 @@ template <int kMinBlocks, unsigned kWrites, int kBand = 8, class Source>
 void launch_tile_cast(const Source& source, const TileOutput& out, bool power_of_two, cudaStream_t stream) {
   const int64_t tiles = ((source.rows + kTile - 1) / kTile) * ((source.cols + kTile - 1) / kTile);
   if (tiles == 0) return;
-  tile_cast_kernel<kMinBlocks, kBand, kWrites><<<static_cast<unsigned>(tiles), tile_threads(kBand), 0, stream>>>(source, out, power_of_two);
-  check_launch("tile_cast_kernel");
+  launch_kernel(source.rows <= kFewRows, "tile_cast_kernel", tile_cast_kernel<kMinBlocks, kBand, kWrites, Source>, tiles,
+                tile_threads(kBand), 0, stream, source, out, power_of_two);
 }
 
 }  // namespace eightfold::quant

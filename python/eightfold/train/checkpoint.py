@@ -142,13 +142,9 @@ def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) ->
 
     from eightfold.models.loading import write_decoder
 
-    if world.size > 1:
-        tensors = distributed.whole_state_dict(model)
-        if not world.leads:
-            return
-        with torch.device("meta"):
-            model = type(model)(model.config)
-        model.load_state_dict(tensors, assign=True)
+    model = distributed.whole(model, world)
+    if model is None:
+        return
     folder.mkdir()
     try:
         write_decoder(model, folder, tokenizer)

@@ -114,3 +114,16 @@ def whole_state_dict(model: nn.Module) -> dict[str, torch.Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
     return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def whole(model: nn.Module, world: World) -> nn.Module | None:
+    """``model`` with unsharded parameters, in rank 0; None elsewhere. Every process must call it."""
+    if world.size == 1:
+        return model
+    tensors = whole_state_dict(model)
+    if not world.leads:
+        return None
+    with torch.device("meta"):
+        model = type(model)(model.config)
+    model.load_state_dict(tensors, assign=True)
+    return model

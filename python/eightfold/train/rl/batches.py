@@ -80,7 +80,7 @@ def pack(samples: Sequence[Sample], device: torch.device) -> PackedSamples:
         mask=torch.ones(len(labels), dtype=torch.bool, device=device),
         advantages=tensor([sample.advantage for sample in samples], torch.float32),
         rollout_logp=rollout,
-        # Of tokens drawn from the policy itself, -log p is an estimate of its entropy without bias.
+        # The sampled estimate, of what drew the tokens: over its own draws, -log p has the entropy as its mean.
         entropy=-rollout,
     )
     return PackedSamples(

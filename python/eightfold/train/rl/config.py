@@ -9,6 +9,7 @@ from eightfold.train import sections
 from eightfold.train.config import ModelConfig, OptimizerConfig
 from eightfold.train.rl.advantages import AdvantageOptions, OverlongOptions
 from eightfold.train.rl.objective import ObjectiveOptions
+from eightfold.train.rl.remote import EngineOptions
 from eightfold.train.rl.rewards import RewardOptions
 from eightfold.train.rl.tasks import PromptOptions, TaskOptions
 from eightfold.train.sections import Section
@@ -25,6 +26,18 @@ class RolloutConfig(Section):
     cache_tokens: PositiveInt = Field(65536, description="keys and values that the cache holds, of all sequences")
     page_size: PositiveInt = Field(64, multiple_of=16, description="tokens of a page")
     sequences: PositiveInt = Field(256, description="completions under way at once, at most")
+    engine: EngineOptions | None = Field(None, description="another engine that does the rollout, over HTTP")
+
+    @model_validator(mode="after")
+    def _engine_agrees(self) -> "RolloutConfig":
+        if self.engine is not None and self.precision != "same":
+            raise ValueError(f"precision={self.precision}: with an engine its own precision counts; leave it out")
+        if self.engine is not None and self.temperature != 1 and not self.engine.log_probs_at_temperature:
+            raise ValueError(
+                f"temperature={self.temperature:g}: expected 1 unless engine.log_probs_at_temperature says that the "
+                "engine's log-probabilities are those at the temperature"
+            )
+        return self
 
 
 class RlConfig(Section):
@@ -56,8 +69,24 @@ class RlConfig(Section):
     tensorboard: bool = Field(True, description="write TensorBoard logs where the package is installed")
     resume: str | None = Field(None, description="'latest' in the output folder, or a checkpoint folder")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _corrects_an_engine(cls, values: Any) -> Any:
+        """With another engine, truncated importance sampling unless something else is asked for."""
+        rollout = values.get("rollout") if isinstance(values, dict) else None
+        engine = rollout.get("engine") if isinstance(rollout, dict) else getattr(rollout, "engine", None)
+        objective = values.get("objective", {}) if engine is not None else None
+        if not isinstance(objective, dict) or not isinstance(correction := objective.get("correction", {}), dict):
+            return values
+        return {**values, "objective": {**objective, "correction": {"kind": "truncate", **correction}}}
+
     @model_validator(mode="after")
     def _agrees(self) -> "RlConfig":
+        if self.rollout.engine is not None and self.objective.correction.kind == "none":
+            raise ValueError(
+                "objective.correction.kind: expected truncate or mask, as rollout.engine's probabilities are not the "
+                "trainer's, got 'none'"
+            )
         if self.overlong is not None and self.overlong.buffer > self.max_new_tokens:
             raise ValueError(
                 f"overlong.buffer: expected at most max_new_tokens={self.max_new_tokens}, got {self.overlong.buffer}"

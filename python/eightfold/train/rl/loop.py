@@ -34,9 +34,10 @@ from eightfold.train.rl.batches import PackedSamples, Sample, pack, parts
 from eightfold.train.rl.config import RlConfig
 from eightfold.train.rl.meters import SampleMeters, TokenMeters
 from eightfold.train.rl.objective import loss_denominator, policy_loss
+from eightfold.train.rl.remote import RemoteRollout
 from eightfold.train.rl.report import plot_rewards
 from eightfold.train.rl.rewards import Verdict, VerifierPool, VerifierSource
-from eightfold.train.rl.sharing import PolicyCopy, agreeing, dealt_out, own_part, same_passes
+from eightfold.train.rl.sharing import PolicyCopy, agreeing, dealt_out, export_policy, own_part, same_passes
 from eightfold.train.rl.tasks import PromptItem, Prompts, load_task
 
 
@@ -76,17 +77,8 @@ class _Run:
             distributed.shard(self.reference, world)
         distributed.shard(model, world)
         self.optimizer = make_optimizer(model, config.optimizer, config.model.precision)
-        rollout = config.rollout
-        options = RolloutOptions(-(-rollout.cache_tokens // rollout.page_size), rollout.page_size, rollout.sequences)
-        precision = model.precision if rollout.precision == "same" else rollout.precision
-        self.policy_copy = PolicyCopy(model, precision) if world.size > 1 else None
-        if self.policy_copy is not None:
-            sampled = self.policy_copy.decoder
-        else:
-            sampled = model if precision == model.precision else model.in_precision(precision)
-        self.rollout = Rollout(sampled, options, tokenizer)
-        if sampled is model and model.precision == "fp8":
-            model.compute.codes = self.rollout.kept.codes  # training reads the bytes that the rollout read
+        self.policy_copy, self.served_step, self.kept = None, None, None
+        self.rollout = self._make_rollout()
         self.stop_ids = frozenset(stop_ids(model.config.eos_token_id, tokenizer.eos_token_id))
         self.step = 0
         self.result = RlResult()
@@ -97,6 +89,22 @@ class _Run:
         self.log = RunLog(
             config.output, config.steps, self.step, tensorboard=config.tensorboard, quiet=not world.leads, name=name
         )
+
+    def _make_rollout(self) -> Rollout | RemoteRollout:
+        model, rollout = self.model, self.config.rollout
+        if rollout.engine is not None:
+            return RemoteRollout(rollout.engine, model.config.vocab_size, self.tokenizer)
+        options = RolloutOptions(-(-rollout.cache_tokens // rollout.page_size), rollout.page_size, rollout.sequences)
+        precision = model.precision if rollout.precision == "same" else rollout.precision
+        if self.world.size > 1:
+            self.policy_copy = PolicyCopy(model, precision)
+            model = self.policy_copy.decoder
+        elif precision != model.precision:
+            model = model.in_precision(precision)
+        engine = Rollout(model, options, self.tokenizer)
+        if model is self.model and model.precision == "fp8":  # training reads the bytes that rollout reads
+            self.kept, model.compute.codes = engine.kept, engine.kept.codes
+        return engine
 
     def run(self) -> RlResult:
         config = self.config
@@ -117,15 +125,31 @@ class _Run:
         return self.result
 
     def _mode(self) -> str:
-        training, rollout = self.config.model.precision, self.config.rollout.precision
-        return f"{training} training, {training if rollout == 'same' else rollout} rollout"
+        training, rollout = self.config.model.precision, self.config.rollout
+        if rollout.engine is not None:
+            corrected = {"truncate": "TIS", "mask": "masked IS"}[self.config.objective.correction.kind]
+            return f"{training} training, rollout by another engine, {corrected}"
+        return f"{training} training, {training if rollout.precision == 'same' else rollout.precision} rollout"
+
+    def _hand_over(self) -> None:
+        """Gives the policy of this step to what does the rollout and does not share its parameters."""
+        if self.policy_copy is not None:
+            self.policy_copy.receive()
+        reload = self.config.rollout.engine and self.config.rollout.engine.reload
+        if not reload or (self.served_step is not None and self.step - self.served_step < reload.every):
+            return
+        folder = Path(reload.folder or Path(self.config.output) / "engine")
+        export_policy(self.model, folder, self.tokenizer, reload.format, self.world)
+        with agreeing(self.world):
+            if self.world.leads:
+                self.rollout.reload(folder)
+        self.served_step = self.step
 
     def _one_step(self) -> None:
         config, world, begin = self.config, self.world, time.perf_counter()
         # Every process walks through all prompts, so that their place is one wherever a run goes on.
         items = own_part(self.prompts.take(config.prompts_per_step), world)
-        if self.policy_copy is not None:
-            self.policy_copy.receive()
+        self._hand_over()
         with agreeing(world):
             groups = self._roll_out(items)
             rolled = time.perf_counter()
@@ -165,6 +189,8 @@ class _Run:
             "tokens_per_second": watched.length / seconds,
             "memory_bytes": memory_bytes(self.world.device),
         }
+        if config.rollout.engine is not None:  # steps that the engine's weights were behind
+            record["engine_age"] = self.step - 1 - (self.served_step or 0)
         if not all(math.isfinite(loss) for loss in losses):
             self._fail(record, owners, completions, verdicts)
         first_failures = [failure for failure in world.gather(self.verifiers.first_failure) if failure]
@@ -252,7 +278,8 @@ class _Run:
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), limit)
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.rollout.kept.refresh()
+        if self.kept is not None:  # not every optimizer counts its writes
+            self.kept.refresh()
         return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()
 
     def _fail(self, record: dict, owners: list[PromptItem], completions: list[Completion], verdicts: list[Verdict]):

@@ -90,7 +90,7 @@ class PolicyBatch:
     starts: int64 [sequences + 1], from 0 to tokens, not falling. mask: bool [tokens], the tokens that count.
     advantages: float [sequences]. The rest float32 or float64 [tokens] or None:
     old_logp: the trainer's log-probs before the step (None: this pass is the first since, so they are its own);
-    rollout_logp: those the sampler saw; reference_logp: a frozen model's; entropy: of the trainer's distributions.
+    rollout_logp: those the sampler saw; reference_logp: a frozen model's; entropy: estimates of it.
     """
 
     starts: Tensor

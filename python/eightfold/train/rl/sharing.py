@@ -9,7 +9,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from eightfold.models import Decoder
+from eightfold.models.interchange import Format
+from eightfold.models.loading import save_decoder
 from eightfold.models.precision import Precision
 from eightfold.nn import ServedCodes
 from eightfold.ops import quantize
 from eightfold.ops.layouts import ceil_div
+from eightfold.train import distributed
 from eightfold.train.distributed import World
 from eightfold.train.rl.batches import PackedSamples, Sample, pack
 
@@ -98,6 +102,17 @@ def _all_rows(mine: Tensor, share: int, rows: int, group: dist.ProcessGroup) -> 
     out = mine.new_empty(share * group.size(), *mine.shape[1:])
     dist.all_gather_into_tensor(out, part, group=group)
     return out[:rows]
+
+
+def export_policy(model: Decoder, folder: Path, tokenizer: Any, format: Format, world: World) -> None:
+    """`save_decoder` of a sharded model, in the first process. Every process must call it, and raises its error."""
+    policy, error = distributed.whole(model, world), None
+    if policy is not None:
+        try:
+            save_decoder(policy, folder, tokenizer, format)
+        except (OSError, ValueError) as failure:
+            error = str(failure)
+    world.together(error, ValueError)
 
 
 def own_part(items: Sequence[T], world: World) -> Sequence[T]:
