@@ -167,3 +167,32 @@ def test_page_pool_counts_holders():
     assert len({pool.take() for _ in range(3)}) == 3
     with pytest.raises(IndexError):
         pool.take()
+
+
+def test_steps_asked_for_ahead(model):
+    """As on CUDA, where a step is asked for before the one ahead of it is read; some end meanwhile."""
+    asked = requests(7, samples=2, stop_ids=frozenset(range(0, 512, 13)))
+    for options in ({}, {"sequences": 5}, {"pages": 24}):
+        expected = run(model, asked, **options)
+        engine = Rollout(model, RolloutOptions(**({"pages": 200, "page_size": 16} | options)))
+        engine._ahead = True
+        assert engine.generate(asked) == expected
+        assert engine.pool.free == engine.options.pages
+    assert {c.finish for group in expected for c in group} == {"stop", "length"}
+
+
+def test_a_second_call_reads_the_weights_where_the_first_did(model):
+    """Codes stay at their addresses, which CUDA graphs ask for, and hold the bytes of the weights of the moment."""
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    asked = requests(3)
+    first = engine.generate(asked)
+    kept = [cache._codes for cache in engine.kept.codes.values() if cache._codes is not None]
+    addresses = [[part.data_ptr() for part in codes] for codes in kept]
+    assert addresses
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.25)
+    second = engine.generate(asked)
+    assert second != first
+    assert [[part.data_ptr() for part in codes] for codes in kept] == addresses
+    assert second == run(model, asked)

@@ -169,11 +169,7 @@ class DecodeStep:
         if rows not in self._captured:
             state = self._tokens, self._positions, self._log_probs
             before = [kept.clone() for kept in state]
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # what a first call makes must not be made while capturing
-                self._advance(rows)
-            torch.cuda.current_stream().wait_stream(stream)
+            self._advance(rows)  # what a first call makes must not be made while capturing
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self._pool):
                 self._advance(rows)
