@@ -196,3 +196,17 @@ def test_a_second_call_reads_the_weights_where_the_first_did(model):
     assert second != first
     assert [[part.data_ptr() for part in codes] for codes in kept] == addresses
     assert second == run(model, asked)
+
+
+def test_a_cache_given_back(model):
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16, keep_cache=False))
+    asked = requests(3)
+    assert engine.generate(asked) == engine.generate(asked) == run(model, asked)
+
+
+def test_a_refused_request_leaves_nothing_behind(model):
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    asked = requests(2)
+    with pytest.raises(ValueError, match=r"requests\[1\]: prompt and completion"):
+        engine.generate([asked[0], Request([1], 512)])
+    assert engine.generate(asked) == run(model, asked)

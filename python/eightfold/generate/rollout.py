@@ -12,80 +12,17 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 
 from eightfold.generate.decoding import DecodeRow, DecodeStep, Drawn, draw
 from eightfold.generate.pages import PagePool
-from eightfold.generate.text import SamplingOptions
+from eightfold.generate.requests import Completion, Finish, Request, RolloutOptions, sample_seed
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
 from eightfold.models.head import row_logits
 from eightfold.models.precision import KeptWeights
 from eightfold.ops import kernels_run_on
-
-Finish = Literal["stop", "length"]
-_SEED_STEP = 0x9E3779B97F4A7C15  # odd: seeds of the samples of a request are all different
-
-
-@dataclass(frozen=True)
-class Request:
-    """A prompt and how to continue it, `samples` times.
-
-    stop_ids end a completion and stay in it, as does the token that completes one of the strings `stop`. Sample i of
-    seed s is drawn as sample 0 of another request would be with the seed that `sample_seed(s, i)` gives.
-    """
-
-    prompt: Sequence[int]
-    max_tokens: int
-    options: SamplingOptions = field(default_factory=lambda: SamplingOptions(temperature=1.0))
-    seed: int = 0
-    samples: int = 1
-    stop_ids: frozenset[int] = frozenset()
-    stop: tuple[str, ...] = ()
-
-    def __post_init__(self):
-        if len(self.prompt) == 0:
-            raise ValueError("prompt: expected at least one token, got none")
-        for name in ("max_tokens", "samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-
-
-@dataclass
-class Completion:
-    """The tokens drawn after a prompt, each token's log-probability (natural, at the request's temperature; at
-    temperature 0 that of temperature 1), and why it ended."""
-
-    tokens: list[int]
-    log_probs: list[float]
-    finish: Finish
-
-
-@dataclass(frozen=True)
-class RolloutOptions:
-    """pages of `page_size` tokens are the cache; at most `sequences` run at once, and `prefill_tokens` tokens of
-    prompts are computed in a step. cuda_graphs: steps of one token are replayed (None: where there are kernels)."""
-
-    pages: int
-    page_size: int = 64
-    sequences: int = 256
-    prefill_tokens: int = 8192
-    cuda_graphs: bool | None = None
-
-    def __post_init__(self):
-        for name in ("pages", "page_size", "sequences", "prefill_tokens"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.page_size % 16:
-            raise ValueError(f"page_size: expected a multiple of 16, got {self.page_size}")
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """The seed of sample `index` of a request, int64."""
-    value = (seed + index * _SEED_STEP) % 2**64
-    return value - 2**64 if value >= 2**63 else value
 
 
 @dataclass(eq=False)
@@ -123,11 +60,9 @@ class Rollout:
     def __init__(self, model: Decoder, options: RolloutOptions, tokenizer=None):
         """tokenizer: needed for requests with strings to stop at; only its `decode` is used."""
         self.model, self.options, self.tokenizer = model, options, tokenizer
-        self.cache = PagedCache(model.config, options.pages, options.page_size, model.compute.dtype, model.device)
         self.pool = PagePool(options.pages)
         self.kept = KeptWeights(model.compute.dtype)
-        graphs = kernels_run_on(model.device) if options.cuda_graphs is None else options.cuda_graphs
-        self._steps = DecodeStep(model, self.cache, options.sequences, graphs)
+        self._cache: PagedCache | None = None
         self._ahead = model.device.type == "cuda"  # a step is asked for before the one ahead of it is read
         self._flight: _Flight | None = None
         self._waiting: deque[_Sequence] = deque()
@@ -144,6 +79,7 @@ class Rollout:
         results: list[list[Completion | None]] = [[None] * request.samples for request in requests]
         for index, request in enumerate(requests):
             self._check(index, request)
+        for index, request in enumerate(requests):
             samples = [
                 _Sequence(request, (index, i), sample_seed(request.seed, i), list(request.prompt))
                 for i in range(request.samples)
@@ -151,9 +87,8 @@ class Rollout:
             samples[0].followers = samples[1:]
             self._waiting.append(samples[0])
         self.kept.refresh()
-        longest = max((len(request.prompt) + request.max_tokens for request in requests), default=1)
         self._head = self.kept.rounded(self.model.lm_head)
-        self._steps.prepare(self._head, -(-longest // self.options.page_size))
+        self._open(max((len(request.prompt) + request.max_tokens for request in requests), default=1))
         try:
             with self.model.compute.constant_weights(self.kept):
                 while self._waiting or self._running:
@@ -166,7 +101,18 @@ class Rollout:
             for sequence in self._running:
                 self._give_back(sequence)
             self._running, self._waiting, self._flight = [], deque(), None
+            if not self.options.keep_cache:
+                self._cache = self._steps = None
         return results
+
+    def _open(self, longest: int) -> None:
+        """The cache and the steps over it, for sequences of up to `longest` tokens."""
+        model, options = self.model, self.options
+        if self._cache is None:
+            self._cache = PagedCache(model.config, options.pages, options.page_size, model.compute.dtype, model.device)
+            graphs = kernels_run_on(model.device) if options.cuda_graphs is None else options.cuda_graphs
+            self._steps = DecodeStep(model, self._cache, options.sequences, graphs)
+        self._steps.prepare(self._head, -(-longest // options.page_size))
 
     def _check(self, index: int, request: Request) -> None:
         limit = self.model.config.max_position_embeddings
@@ -277,7 +223,7 @@ class Rollout:
             follower.pages = [self.pool.share(page) for page in leader.pages[:full]]
             if part:
                 follower.pages.append(self.pool.take())
-                self.cache.copy_page(leader.pages[full], follower.pages[full])
+                self._cache.copy_page(leader.pages[full], follower.pages[full])
             follower.cached = leader.cached
             self._running.append(follower)
             started.append(follower)
@@ -333,7 +279,7 @@ class Rollout:
         most = max(len(sequence.pages) for sequence, _ in pieces)
         pages = [sequence.pages + [0] * (most - len(sequence.pages)) for sequence, _ in pieces]
         attend = Paged(
-            self.cache,
+            self._cache,
             self._tensor(pages, torch.int32),
             self._tensor(starts, torch.int32),
             self._tensor(lengths, torch.int32),

@@ -26,6 +26,7 @@ class RolloutConfig(Section):
     cache_tokens: PositiveInt = Field(65536, description="keys and values that the cache holds, of all sequences")
     page_size: PositiveInt = Field(64, multiple_of=16, description="tokens of a page")
     sequences: PositiveInt = Field(256, description="completions under way at once, at most")
+    keep_cache: bool = Field(True, description="false: training has the cache's memory, CUDA graphs are captured anew")
     engine: EngineOptions | None = Field(None, description="another engine that does the rollout, over HTTP")
 
     @model_validator(mode="after")

@@ -94,7 +94,8 @@ class _Run:
         model, rollout = self.model, self.config.rollout
         if rollout.engine is not None:
             return RemoteRollout(rollout.engine, model.config.vocab_size, self.tokenizer)
-        options = RolloutOptions(-(-rollout.cache_tokens // rollout.page_size), rollout.page_size, rollout.sequences)
+        pages = -(-rollout.cache_tokens // rollout.page_size)
+        options = RolloutOptions(pages, rollout.page_size, rollout.sequences, keep_cache=rollout.keep_cache)
         precision = model.precision if rollout.precision == "same" else rollout.precision
         if self.world.size > 1:
             self.policy_copy = PolicyCopy(model, precision)
