@@ -24,11 +24,12 @@ def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
     try:
-        return torch.ops.aten._flash_attention_backward(
+        grads = torch.ops.aten._flash_attention_backward(
             dout, q, k, v, out, lse, starts, starts, longest, longest, 0.0, causal, nothing, nothing[:0], scale=scale
         )
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    return tuple(grad.contiguous() for grad in grads)  # it gives them the layout of q, k and v
 
 
 # No CUDA kernel of this library. Without any CUDA kernels ops/_fallback.py has given it the definition in torch.
