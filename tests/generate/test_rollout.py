@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from eightfold.generate.pages import PagePool
-from eightfold.generate.rollout import Request, Rollout, RolloutOptions, sample_seed
+from eightfold.generate.requests import Request, RolloutOptions, sample_seed
+from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models import Decoder, DecoderConfig
 

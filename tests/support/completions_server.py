@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from eightfold.generate.rollout import Request, Rollout, RolloutOptions
+from eightfold.generate.requests import Request, RolloutOptions
+from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.loading import load_decoder
 

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from completions_server import serving
-from eightfold.generate.rollout import Request
+from eightfold.generate.requests import Request
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.loading import load_decoder
 from eightfold.train.report import read_log

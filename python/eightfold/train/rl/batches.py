@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eightfold.generate.rollout import Completion
+from eightfold.generate.requests import Completion
 from eightfold.models import Decoder
 from eightfold.train.rl.objective import PolicyBatch
 

@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from eightfold.generate.console import stop_ids
-from eightfold.generate.rollout import Completion, Request, Rollout, RolloutOptions
+from eightfold.generate.requests import Completion, Request, RolloutOptions
+from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models import Decoder
 from eightfold.train import checkpoint, distributed

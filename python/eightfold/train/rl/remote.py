@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from eightfold.generate.rollout import Completion, Request, sample_seed
+from eightfold.generate.requests import Completion, Request, sample_seed
 from eightfold.train.rl.options import require, require_choice
 
 LEAST_LOG_PROB = -9999.0  # vLLM writes it for minus infinity, which JSON does not have
