@@ -211,3 +211,22 @@ def test_a_refused_request_leaves_nothing_behind(model):
     with pytest.raises(ValueError, match=r"requests\[1\]: prompt and completion"):
         engine.generate([asked[0], Request([1], 512)])
     assert engine.generate(asked) == run(model, asked)
+
+
+def test_training_reads_the_codes_that_rollout_reads(model):
+    """Also layer by layer again in the backward pass; their addresses stay, and gradients have the same bits."""
+    torch.manual_seed(2)
+    model.checkpoint_layers = True
+    ids = torch.randint(0, 512, (1, 40), device=model.device)
+    model.loss(ids, ids.roll(-1, 1)).backward()
+    expected = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    asked = requests(2)
+    first = engine.generate(asked)
+    before = {layer: cache._codes for layer, cache in engine.kept.codes.items()}
+    model.compute.codes = engine.kept.codes
+    model.loss(ids, ids.roll(-1, 1)).backward()
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    assert all(cache._codes is before[layer] for layer, cache in engine.kept.codes.items())
+    assert engine.generate(asked) == first

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, cache_weights, functional
+from eightfold.nn import FP8Linear, FP8RMSNorm, FP8SwiGLU, WeightCache, cache_weights, functional
 
 
 def test_linear_has_the_keys_and_the_initial_values_of_nn_linear(device):
@@ -100,6 +100,22 @@ class TestWeightCache:
             layer(x).sum().backward()
         monkeypatch.undo()
         return len(casts)
+
+    def test_keeps_addresses_and_knows_a_detached_weight(self, device):
+        """What a checkpointed layer has saved is not the parameter itself."""
+        cache, weight = WeightCache(), torch.nn.Parameter(torch.randn(128, 64, device=device))
+        codes, scales = cache.codes(weight)
+        assert cache.codes(weight.detach())[0] is codes
+        with torch.no_grad():
+            weight.mul_(2)
+        before = scales.clone()
+        assert cache.codes(weight.detach())[1] is scales
+        assert torch.equal(scales, 2 * before)
+        weight.data.mul_(2)  # a write that is not counted
+        assert torch.equal(cache.codes(weight)[1], 2 * before)
+        cache.refresh()
+        assert torch.equal(scales, 4 * before)
+        assert cache.codes(torch.nn.Parameter(weight.detach().clone()))[1] is not scales
 
     def test_casts_once(self, device, monkeypatch):
         layer, x = FP8Linear(64, 48, device=device), torch.randn(5, 64, device=device, requires_grad=True)

@@ -50,12 +50,14 @@ class WeightCache:
         if any(weight.is_inference() for weight in weights):
             return _cast(weights)
         key = [(weight._version, weight.data_ptr(), weight.shape) for weight in weights]
-        same = len(self._weights) == len(weights) and all(r() is w for r, w in zip(self._weights, weights, strict=True))
+        same = len(self._weights) == len(weights) and all(map(_is_of, weights, self._weights))
         if not same or self._key != key:
             with torch.inference_mode(False), torch.no_grad():  # made while generating, written again while training
                 codes = _cast(weights)
                 self._codes = write_over(self._codes, codes) if same else codes
-            self._weights, self._key = tuple(weakref.ref(weight) for weight in weights), key
+            self._key = key
+            if not same:
+                self._weights = tuple(weakref.ref(weight) for weight in weights)
         return self._codes
 
     def refresh(self) -> None:
@@ -67,6 +69,14 @@ class WeightCache:
 
     def __reduce__(self):  # copies and pickles of a layer start empty
         return WeightCache, ()
+
+
+def _is_of(weight: Tensor, reference: weakref.ref) -> bool:
+    """Whether it is the referent or shares its memory and version, as what a checkpointed layer has saved does."""
+    known = reference()
+    if known is None or known is weight:
+        return known is weight
+    return known.data_ptr() == weight.data_ptr() and known.shape == weight.shape and known._version == weight._version
 
 
 def write_over(kept: Codes | None, codes: Codes) -> Codes:
