@@ -63,6 +63,7 @@ class Rollout:
         self.pool = PagePool(options.pages)
         self.kept = KeptWeights(model.compute.dtype)
         self._cache: PagedCache | None = None
+        self._steps: DecodeStep | None = None
         self._ahead = model.device.type == "cuda"  # a step is asked for before the one ahead of it is read
         self._flight: _Flight | None = None
         self._waiting: deque[_Sequence] = deque()

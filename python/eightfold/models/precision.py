@@ -52,7 +52,8 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate, up):
         ctx.save_for_backward(gate, up)
-        return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+        wide = gate.to(torch.float32, copy=True)
+        return F.silu(wide, inplace=True).mul_(up).to(gate.dtype)
 
     @staticmethod
     @once_differentiable
@@ -161,17 +162,10 @@ class BF16(FP32):
         return F.linear(x.float(), self._kept.widened(layer), bias).to(self.dtype)
 
     def norm(self, x, norm):
-        return fused.fp8_rms_norm(x, norm.weight, norm.eps) if self._generating(x) else super().norm(x, norm)
-
-    def norm_mlp(self, x, norm, mlp, residual=None):
-        if not self._generating(x):
-            return super().norm_mlp(x, norm, mlp, residual)
-        stream, (gate, up) = self.norm_linears(x, norm, (mlp.gate_proj, mlp.up_proj), residual)
-        return stream, self.linear(F.silu(gate.float(), inplace=True).mul_(up).to(gate.dtype), mlp.down_proj)
-
-    def _generating(self, x):
-        """Whether to take few kernels: a step of one token is a chain of them, with little to do for each."""
-        return self._kept is not None and x.device.type != "cpu"
+        if self._kept is None or x.device.type == "cpu":
+            return super().norm(x, norm)
+        # One kernel for six: a step of one token is a chain of them, with little to do for each.
+        return fused.fp8_rms_norm(x, norm.weight, norm.eps)
 
     def head(self, x, layer):
         if self._kept is None or layer.weight.device.type != "cpu":
