@@ -1,4 +1,4 @@
 """Kernel microbenchmarks, one module a family: `eightfold bench [family ...]`."""
 
 FAMILIES = ("quant", "norm", "activation", "rotary", "attention", "gemm", "gemm_small", "loss", "sampling", "optim")
-LONG = ("step",)  # whole layers and training steps, with compiles: minutes, so only by name
+LONG = ("step", "decode", "rl")  # whole layers, steps and models, with compiles: minutes, so only by name

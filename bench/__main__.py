@@ -18,11 +18,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, help="also write JSON lines under this folder")
     parser.add_argument("--commit", help="what the results are of, where there is no git checkout")
     options = parser.parse_args(arguments)
-    steps = set(options.families) - set(FAMILIES)
-    runs = {name: _runner(name) for name in FAMILIES}
+    whole = [name for name in (*FAMILIES, *LONG) if name != "step"]
+    steps = set(options.families) - set(whole)
+    runs = {name: _runner(name) for name in whole}
     if steps:
         parts = _parts(options.device)
-        unknown = steps - {*LONG, *parts}
+        unknown = steps - {"step", *parts}
         if unknown:
             known = ", ".join(FAMILIES + LONG)
             parser.error(
@@ -31,11 +32,11 @@ def main(arguments: list[str] | None = None) -> None:
         runs |= {
             name: run for name, run in parts.items() if name in steps or ("step" in steps and "-variants" not in name)
         }
-    chosen = [name for name in runs if name in options.families or name not in FAMILIES]
+    chosen = [name for name in runs if name in options.families or name not in whole]
     for name in chosen or FAMILIES:
         bench = Bench(options.device)
         runs[name](bench)
-        bench.report(name if name in FAMILIES else f"step-{name}", options.results, options.commit)
+        bench.report(name if name in whole else f"step-{name}", options.results, options.commit)
 
 
 def _runner(family: str) -> Callable[[Bench], None]:

@@ -82,7 +82,10 @@ def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int)
                 op.rotary_backward_quantize(*grads, *tables, True, flag)
     for dtype in FORMATS:
         for training in (False, True):
-            op.cross_entropy(torch.randn(tokens, vocabulary, device="cuda", dtype=dtype), labels, training)
+            for few in (False, True):  # a cluster takes a row of few
+                rows, classes = (tokens, vocabulary) if not few else (3, 9001)
+                logits, temperatures = torch.randn(rows, classes, device="cuda"), torch.rand(rows, device="cuda")
+                op.cross_entropy(logits, labels[:rows].clone(), training, dtype, temperatures)
 
 
 def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:

@@ -5,7 +5,8 @@
 namespace eightfold::bindings {
 namespace {
 
-std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& labels, bool training, ScalarType grad_dtype) {
+std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& labels, bool training, ScalarType grad_dtype,
+                                         const std::optional<Tensor>& temperatures) {
   const char* op = "cross_entropy";
   check_rank(logits, 2, op, "logits");
   check_dtype(logits, {ScalarType::Float}, op, "logits");
@@ -16,6 +17,12 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& lab
   check_contiguous(labels, op, "labels");
   EF_CHECK(grad_dtype == ScalarType::BFloat16 || grad_dtype == ScalarType::Float, op, ": grad_dtype must be bfloat16 or float32, got ",
            name_of(grad_dtype));
+  if (temperatures) {
+    check_same_device(*temperatures, logits, op, "temperatures");
+    check_dtype(*temperatures, {ScalarType::Float}, op, "temperatures");
+    check_shape(*temperatures, {logits.size(0)}, op, "temperatures");
+    check_contiguous(*temperatures, op, "temperatures");
+  }
   const int64_t rows = logits.size(0), cols = logits.size(1);
   EF_CHECK(cols > 0 || rows == 0, op, ": logits must have at least one column, got shape ", shape_of(logits));
   Tensor loss = empty({rows}, ScalarType::Float, logits);
@@ -25,6 +32,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& lab
                           cols,
                           logits.stride(0),
                           static_cast<const int64_t*>(labels.data_ptr()),
+                          temperatures ? static_cast<const float*>(temperatures->data_ptr()) : nullptr,
                           static_cast<float*>(loss.data_ptr()),
                           training ? grad.data_ptr() : nullptr,
                           grad_dtype == ScalarType::Float ? DType::f32 : DType::bf16};

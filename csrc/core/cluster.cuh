@@ -20,11 +20,30 @@ __device__ __forceinline__ void cluster_meet() {
           : "memory");
 }
 
+// The same, and what each block's threads have written before can be read by the others' after: also for the last time before a block ends
+// whose shared memory others read.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile(
+      "barrier.cluster.arrive.release;\n"
+      "barrier.cluster.wait.acquire;\n" ::
+          : "memory");
+}
+
 // The address by which this block reaches what lies at `shared` in block `rank`.
 __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t rank) {
   uint32_t address;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared), "r"(rank));
   return address;
+}
+
+// Eight bytes of block `rank` of the cluster, which there lie at `shared`, at a multiple of 8.
+__device__ __forceinline__ uint64_t cluster_load(const void* shared, uint32_t rank) {
+  uint64_t value;
+  asm volatile("ld.shared::cluster.b64 %0, [%1];"
+               : "=l"(value)
+               : "r"(cluster_address(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), rank))
+               : "memory");
+  return value;
 }
 
 // One arrival at the barrier at a cluster address. It orders the thread's earlier reads of shared memory before what waits for it;

@@ -37,15 +37,15 @@ EF_CPU_CLONES float exponentials(const float* x, int64_t n, float max, float* ou
   return sum;
 }
 
-EF_CPU_CLONES void scale(float* x, int64_t n, float factor) {
-  for (int64_t i = 0; i < n; ++i) x[i] *= factor;
+EF_CPU_CLONES void scale(const float* x, int64_t n, float factor, float* out) {
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor;
 }
 
 }  // namespace
 
 void cross_entropy_cpu(const CrossEntropy& op) {
   parallel_for(op.rows, std::max<int64_t>(1, 32768 / std::max<int64_t>(op.cols, 1)), [&](int64_t begin, int64_t end) {
-    std::vector<float> row(op.cols);
+    std::vector<float> row(op.cols), tempered;
     for (int64_t r = begin; r < end; ++r) {
       const int64_t label = op.labels[r];
       const bool ignored = label == kIgnoredLabel, known = label >= 0 && label < op.cols;
@@ -54,11 +54,18 @@ void cross_entropy_cpu(const CrossEntropy& op) {
         std::fill(row.begin(), row.end(), 0.0f);
       } else {
         const float* x = op.logits + r * op.ld;
+        const float cold = op.temperatures != nullptr && op.temperatures[r] > 0.0f ? 1.0f / op.temperatures[r] : 1.0f;
+        if (cold != 1.0f) {
+          tempered.resize(op.cols);
+          scale(x, op.cols, cold, tempered.data());
+          x = tempered.data();
+        }
         const float max = largest(x, op.cols), sum = exponentials(x, op.cols, max, row.data());
         const float nan = std::numeric_limits<float>::quiet_NaN();
         op.loss[r] = known ? std::log(sum) + (max - x[label]) : nan;
-        scale(row.data(), op.cols, known ? 1.0f / sum : nan);
+        scale(row.data(), op.cols, known ? 1.0f / sum : nan, row.data());
         if (known) row[label] -= 1.0f;
+        if (cold != 1.0f) scale(row.data(), op.cols, cold, row.data());
       }
       if (op.grad != nullptr) quant::narrow(row.data(), op.cols, op.grad, op.grad_type, r * op.cols);
     }

@@ -1,12 +1,14 @@
-// A block for a row: 1024 threads, eight logits each at a time. First an online maximum and sum in registers, folded over warps and
-// then over the block in one fixed order; then the gradient, from logits that are still in the L2 cache: with two blocks on a
-// multiprocessor 264 rows are in flight, 34 MB at 32,000 logits.
+// A block for a row: 1024 threads, eight logits each at a time. First an online maximum and sum in registers, folded over the parts of the
+// row, over warps and over the block in one fixed order; then the gradient, from logits that are still in the L2 cache: with two blocks
+// on a multiprocessor 264 rows are in flight, 34 MB at 32,000 logits. Of few rows a cluster of eight blocks takes one, a part each: at
+// 152,000 logits one block alone would need 25 us and more.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
 #include <cfloat>
 #include <stdexcept>
 
+#include "core/cluster.cuh"
 #include "core/fp8_vector.cuh"
 #include "core/launch.cuh"
 #include "core/math.h"
@@ -15,15 +17,19 @@
 namespace eightfold {
 namespace {
 
-constexpr int kThreads = 1024, kWarps = kThreads / 32, kStep = kThreads * 8;
+constexpr int kThreads = 1024, kWarps = kThreads / 32;
+constexpr uint32_t kStep = kThreads * 8;
+constexpr uint32_t kParts = 8;     // step s of a row belongs to part s % kParts
+constexpr int64_t kFewRows = 128;  // that a cluster takes one by one: at one block a row they would not fill the device
 
 // sum of exp(x - max) over what was seen. The maximum starts at the lowest finite value, so that no difference is Inf - Inf.
-struct Running {
+struct alignas(8) Running {
   float max = -FLT_MAX, sum = 0.0f;
 
   __device__ void add(const Running& other) {
     const float larger = fmaxf(max, other.max);
-    sum = sum * exp_nonpositive(max - larger) + other.sum * exp_nonpositive(other.max - larger);
+    const float theirs = __fmul_rn(other.sum, exp_nonpositive(other.max - larger));
+    sum = __fmaf_rn(sum, exp_nonpositive(max - larger), theirs);  // said out loud: every kernel here must fold alike
     max = larger;
   }
 };
@@ -37,37 +43,72 @@ __device__ Running over_warp(Running mine) {
   return mine;
 }
 
-template <class G, bool kVector>
-__global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(const CrossEntropy op) {
+// 1 / T; a T of 0, at which a draw takes the most likely token, counts as 1.
+__device__ __forceinline__ float coldness(const CrossEntropy& op, int64_t row) {
+  return op.temperatures != nullptr && op.temperatures[row] > 0.0f ? 1.0f / op.temperatures[row] : 1.0f;
+}
+
+// This thread's share of a part of the row.
+template <bool kVector>
+__device__ Running over_part(const float* logits, uint32_t cols, uint32_t part, float cold) {
+  Running mine;
+  for (uint32_t col = part * kStep + threadIdx.x * 8; col < cols; col += kParts * kStep) {
+    const int count = static_cast<int>(min(cols - col, 8u));
+    Octet<float> x = load_octet<kVector>(logits + col, count);
+    Running eight;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) x.words[j] = __float_as_uint(__fmul_rn(x.value(j), cold));
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < count) eight.max = fmaxf(eight.max, x.value(j));
+    eight.max = fmaxf(eight.max, mine.max);
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      if (j < count) eight.sum += exp_nonpositive(x.value(j) - eight.max);
+    mine.sum = __fmaf_rn(mine.sum, exp_nonpositive(mine.max - eight.max), eight.sum);
+    mine.max = eight.max;
+  }
+  return mine;
+}
+
+// kBlocks of a cluster share a row: 1, or kParts.
+template <class G, bool kVector, uint32_t kBlocks>
+__global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kernel(const CrossEntropy op) {
   __shared__ Running of_warp[kWarps];
-  const int64_t row = blockIdx.x, label = op.labels[row];
+  __shared__ Running of_thread[kBlocks == 1 ? 1 : kThreads];
+  const uint32_t rank = blockIdx.x % kBlocks, cols = static_cast<uint32_t>(op.cols);
+  const int64_t row = blockIdx.x / kBlocks, label = op.labels[row];
   const float* logits = op.logits + row * op.ld;
   G* grad = static_cast<G*>(op.grad) + row * op.cols;
-  const int64_t first = threadIdx.x * 8;
+  const uint32_t first = rank * kStep + threadIdx.x * 8;
 
-  if (label == kIgnoredLabel) {
-    if (threadIdx.x == 0) op.loss[row] = 0.0f;
+  if (label == kIgnoredLabel) {  // so for all blocks of a cluster
+    if (threadIdx.x == 0 && rank == 0) op.loss[row] = 0.0f;
     if (op.grad == nullptr) return;
-    for (int64_t col = first; col < op.cols; col += kStep) {
-      store_octet(grad + col, Octet<G>{}, static_cast<int>(min(op.cols - col, int64_t{8})), kVector);
+    for (uint32_t col = first; col < cols; col += kBlocks * kStep) {
+      store_octet(grad + col, Octet<G>{}, static_cast<int>(min(cols - col, 8u)), kVector);
     }
     return;
   }
 
-  Running mine;
-  for (int64_t col = first; col < op.cols; col += kStep) {
-    const int count = static_cast<int>(min(op.cols - col, int64_t{8}));
-    const Octet<float> x = load_octet<kVector>(logits + col, count);
-    Running part;
+  const float cold = coldness(op, row);
+  Running mine = over_part<kVector>(logits, cols, kBlocks == 1 ? 0 : rank, cold);
+  if constexpr (kBlocks == 1) {
+#pragma unroll 1
+    for (uint32_t part = 1; part < kParts; ++part) mine.add(over_part<kVector>(logits, cols, part, cold));
+  } else {
+    of_thread[threadIdx.x] = mine;
+    cluster_sync();
 #pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (j < count) part.max = fmaxf(part.max, x.value(j));
-    part.max = fmaxf(part.max, mine.max);
-#pragma unroll
-    for (int j = 0; j < 8; ++j)
-      if (j < count) part.sum += exp_nonpositive(x.value(j) - part.max);
-    mine.sum = mine.sum * exp_nonpositive(mine.max - part.max) + part.sum;
-    mine.max = part.max;
+    for (uint32_t part = 0; part < kParts; ++part) {
+      const uint64_t bits = cluster_load(&of_thread[threadIdx.x], part);
+      const Running other{__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
+      if (part == 0)
+        mine = other;
+      else
+        mine.add(other);
+    }
+    cluster_sync();  // this block's are read
   }
   mine = over_warp(mine);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
@@ -76,18 +117,30 @@ __global__ void __launch_bounds__(kThreads, 2) cross_entropy_kernel(const CrossE
 
   const bool known = label >= 0 && label < op.cols;
   const float nan = __int_as_float(0x7FC00000);
-  if (threadIdx.x == 0) op.loss[row] = known ? logf(all.sum) + (all.max - logits[label]) : nan;
+  if (threadIdx.x == 0 && rank == 0) op.loss[row] = known ? logf(all.sum) + (all.max - __fmul_rn(logits[label], cold)) : nan;
   if (op.grad == nullptr) return;
   const float inverse = known ? 1.0f / all.sum : nan;
-  for (int64_t col = first; col < op.cols; col += kStep) {
-    const int count = static_cast<int>(min(op.cols - col, int64_t{8}));
+  for (uint32_t col = first; col < cols; col += kBlocks * kStep) {
+    const int count = static_cast<int>(min(cols - col, 8u));
     const Octet<float> x = load_octet<kVector>(logits + col, count);
     float values[8];
 #pragma unroll
-    for (int j = 0; j < 8; ++j) values[j] = exp_nonpositive(x.value(j) - all.max) * inverse - (col + j == label ? 1.0f : 0.0f);
+    for (int j = 0; j < 8; ++j) {
+      values[j] = (exp_nonpositive(__fmul_rn(x.value(j), cold) - all.max) * inverse - (col + j == label ? 1.0f : 0.0f)) * cold;
+    }
     Octet<G> out;
     out.set(values);
     store_octet(grad + col, out, count, kVector);
+  }
+}
+
+template <class G, bool kVector>
+void launch(const CrossEntropy& op, cudaStream_t stream) {
+  const char* name = "cross_entropy_kernel";
+  if (op.rows <= kFewRows && op.cols > kStep) {
+    launch_in_clusters(name, cross_entropy_kernel<G, kVector, kParts>, op.rows, kParts, kThreads, stream, op);
+  } else {
+    launch_in_clusters(name, cross_entropy_kernel<G, kVector, 1>, op.rows, 1, kThreads, stream, op);
   }
 }
 
@@ -95,16 +148,17 @@ template <class G>
 void typed(const CrossEntropy& op, cudaStream_t stream) {
   const auto aligned = [](const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
   const bool vector = op.cols % 8 == 0 && op.ld % 4 == 0 && aligned(op.logits) && aligned(op.grad);
-  const auto kernel = vector ? cross_entropy_kernel<G, true> : cross_entropy_kernel<G, false>;
-  kernel<<<static_cast<unsigned>(op.rows), kThreads, 0, stream>>>(op);
-  check_launch("cross_entropy_kernel");
+  if (vector)
+    launch<G, true>(op, stream);
+  else
+    launch<G, false>(op, stream);
 }
 
 }  // namespace
 
 void cross_entropy_sm90(const CrossEntropy& op, void* stream) {
   if (op.rows == 0) return;
-  if (op.rows > INT32_MAX) throw std::runtime_error("cross_entropy: logits has more than 2^31 - 1 rows");
+  if (op.rows > INT32_MAX || op.cols > INT32_MAX) throw std::runtime_error("cross_entropy: logits has more than 2^31 - 1 rows or columns");
   if (op.grad_type == DType::bf16)
     typed<__nv_bfloat16>(op, static_cast<cudaStream_t>(stream));
   else

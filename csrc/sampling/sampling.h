@@ -16,7 +16,7 @@
 // A row with a NaN logit, and one with a temperature, top_k or top_p out of range, gives -1.
 //
 // Floor: 4 bytes a logit. A pass to find the largest, three for each cut asked for, one to draw: the row comes from memory once and from
-// the L2 cache after. A block takes a row.
+// the L2 cache after. A block takes a row, eight one of few.
 #pragma once
 
 #include <cmath>

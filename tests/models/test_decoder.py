@@ -96,6 +96,27 @@ def test_loss_equals_cross_entropy(device, tied, reduction):
         assert torch.equal(model.loss(ids, labels, reduction=reduction, chunk_tokens=10), actual)
 
 
+def test_fp8_head(device):
+    """The loss is that of the forward pass's logits; the gradients are about those without."""
+    config = DecoderConfig("llama", 320, 128, 256, 2, 2, 1, 64, initializer_range=0.1)
+    model = Decoder(config, precision="fp8", fp8_head=True).to(device)
+    ids, labels = tokens(2, 21, device), tokens(2, 21, device)
+    loss = model.loss(ids, labels, chunk_tokens=10)
+    logits = model(ids)
+    torch.testing.assert_close(loss, F.cross_entropy(logits.flatten(0, 1), labels.flatten()), rtol=1e-6, atol=1e-6)
+    (grad,) = torch.autograd.grad(loss, model.lm_head.weight)
+    copy = model.in_precision("fp8")
+    assert torch.equal(copy(ids), logits)
+    copy.compute.fp8_head = False
+    assert 1e-3 < relative(copy(ids), logits) < 0.1
+    (plain,) = torch.autograd.grad(copy.loss(ids, labels), copy.lm_head.weight)
+    assert relative(grad, plain) < 0.05
+    with torch.no_grad(), model.compute.constant_weights():
+        assert torch.equal(model(ids), logits)
+    with pytest.raises(ValueError, match="fp8_head: expected False unless precision is 'fp8', got True with 'bf16'"):
+        Decoder(config, precision="bf16", fp8_head=True)
+
+
 def test_loss_keeps_no_logits(device):
     model = Decoder(DecoderConfig("llama", 4096, 32, 64, 1, 2, 2, 16), precision="fp32").to(device)
     ids = tokens(2, 32, device)

@@ -86,5 +86,11 @@ def test_log_probs_and_their_gradients(model, packed):
     torch.testing.assert_close(found[0], exact.detach(), rtol=1e-4, atol=1e-4)
     (exact * upstream).sum().backward()
     assert (grads[0] - weight.grad).norm() < 6e-3 * weight.grad.norm()
+    model.compute.fp8_head = True
+    model.zero_grad()
+    out = model.token_log_probs(ids, starts, max(LENGTHS), rows, labels, temperatures, 10)
+    (out * upstream).sum().backward()
+    assert 1e-3 < (out.detach() - exact.detach()).abs().max() < 0.5
+    assert (model.lm_head.weight.grad - weight.grad).norm() < 0.1 * weight.grad.norm()
     with pytest.raises(ValueError, match="rows, labels, temperatures: expected one shape"):
         model.token_log_probs(ids, starts, max(LENGTHS), rows, labels[1:], temperatures)

@@ -32,6 +32,25 @@ def test_against_float64(shape, grad_dtype, device):
         assert torch.equal(function(logits, labels, False, grad_dtype)[0], loss)
 
 
+@pytest.mark.parametrize("shape", [(5, 1000), (3, 20000), (200, 9000)], ids=str)
+def test_temperatures(shape, device):
+    """0 counts as 1; gradients are those of the logits."""
+    logits, labels = case(shape, device)
+    temperatures = torch.rand(shape[0], device=device) + 0.5
+    temperatures[1], temperatures[2] = 0.0, 1.0
+    exact = logits.double().requires_grad_()
+    divisor = torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+    expected = F.cross_entropy(exact / divisor, labels, reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected.sum(), exact)
+    for function in (op, reference):
+        loss, grad = function(logits, labels, True, torch.float32, temperatures)
+        torch.testing.assert_close(loss.double(), expected.detach(), rtol=2e-6, atol=2e-5)
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=5e-5, atol=1e-7)
+    assert torch.equal(
+        op(logits[1:3], labels[1:3], False, torch.float32, temperatures[1:3])[0], op(logits, labels)[0][1:3]
+    )
+
+
 def test_ignored_and_impossible_labels(device):
     logits, labels = case((6, 300), device)
     labels[1], labels[2], labels[4] = -100, 300, -1
@@ -55,12 +74,17 @@ def test_extreme_logits(device):
     assert torch.isnan(grad[0]).any()
 
 
-def test_a_row_depends_on_itself_alone(device):
-    logits, labels = case((9, 4097), device)
-    whole = op(logits, labels, True)
-    for i in (0, 4, 8):
-        one = op(logits[i : i + 1].clone(), labels[i : i + 1], True)
-        assert all(torch.equal(a[i], b[0]) for a, b in zip(whole, one, strict=True))
+@pytest.mark.parametrize("shape", [(9, 4097), (140, 40000), (140, 70001)], ids=str)
+def test_a_row_depends_on_itself_alone(shape, device):
+    """Also where a few rows are taken by more blocks than many are."""
+    logits, labels = case(shape, device)
+    temperatures = torch.rand(shape[0], device=device) + 0.5
+    whole = op(logits, labels, True, torch.bfloat16, temperatures)
+    for count in (1, 2, 100):
+        for i in (0, 4, 8):
+            part = slice(i, i + count)
+            few = op(logits[part].clone(), labels[part], True, torch.bfloat16, temperatures[part].clone())
+            assert all(torch.equal(a[part], b) for a, b in zip(whole, few, strict=True)), (count, i)
 
 
 def test_row_stride(device):
@@ -80,7 +104,8 @@ def test_public_function():
 
 def test_torch_citizen(device):
     logits, labels = case((3, 40), device)
-    torch.library.opcheck(op, (logits, labels, True, torch.bfloat16))
+    for temperatures in (None, torch.rand(3, device=device)):
+        torch.library.opcheck(op, (logits, labels, True, torch.bfloat16, temperatures))
     compiled = torch.compile(lambda x: op(x * 2, labels, True)[0].sum(), fullgraph=True)
     torch.testing.assert_close(compiled(logits), op(logits * 2, labels, True)[0].sum())
 
@@ -109,6 +134,8 @@ def test_cuda_graph():
         ({"labels": torch.zeros(4)}, "cross_entropy: labels must be int64, got float32"),
         ({"labels": torch.zeros(5).long()}, r"cross_entropy: labels must have shape \[4\], got \[5\]"),
         ({"labels": torch.zeros(8).long()[::2]}, "cross_entropy: labels must be contiguous"),
+        ({"temperatures": torch.ones(3)}, r"cross_entropy: temperatures must have shape \[4\], got \[3\]"),
+        ({"temperatures": torch.ones(4).double()}, "cross_entropy: temperatures must be float32, got float64"),
         ({"grad_dtype": torch.float16}, "cross_entropy: grad_dtype must be bfloat16 or float32, got float16"),
     ],
 )

@@ -154,13 +154,15 @@ def test_nan_and_impossible_options_give_no_token(vocabulary, device):
         assert (tokens[10:] >= 0).all()
 
 
-def test_a_row_depends_on_itself_alone(device):
-    logits, arguments = logits_of(40, 3001, "bfloat16").to(device), options(40, device)
+@pytest.mark.parametrize(("rows", "vocabulary"), [(40, 3001), (150, 5004), (150, 9001)])
+def test_a_row_depends_on_itself_alone(rows, vocabulary, device):
+    """Also where a few rows are taken by more blocks than many are."""
+    logits, arguments = logits_of(rows, vocabulary, "bfloat16").to(device), options(rows, device)
     whole = op(logits, *arguments)
     for start, count in ((0, 1), (39, 1), (7, 2), (3, 30)):
-        rows = slice(start, start + count)
-        assert torch.equal(op(logits[rows].clone(), *(t[rows] for t in arguments)), whole[rows])
-    order = torch.randperm(40, device=device)
+        part = slice(start, start + count)
+        assert torch.equal(op(logits[part].clone(), *(t[part] for t in arguments)), whole[part])
+    order = torch.randperm(rows, device=device)
     assert torch.equal(op(logits[order], *(t[order] for t in arguments)), whole[order])
     threads = torch.get_num_threads()
     try:

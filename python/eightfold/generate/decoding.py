@@ -16,7 +16,7 @@ import torch
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
-from eightfold.models.head import row_log_probs, row_logits
+from eightfold.models.head import Codes, row_log_probs, row_logits
 from eightfold.ops import sample
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -76,7 +76,7 @@ class DecodeStep:
         self._temperatures, self._top_p, self._log_probs = (numbers(torch.float32) for _ in range(3))
         self._top_k, self._active = numbers(torch.int32), numbers(torch.int32)
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
-        self._head: torch.Tensor | None = None
+        self._head: torch.Tensor | Codes | None = None
         self._count, self._launches, self._changed = 0, 0, False
         self._captured: dict[int, torch.cuda.CUDAGraph] = {}
         self._pool = torch.cuda.graph_pool_handle() if graphs else None
@@ -94,9 +94,10 @@ class DecodeStep:
         self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
         self._captured.clear()
 
-    def prepare(self, head: torch.Tensor, most_pages: int) -> None:
-        """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight."""
-        if self._head is None or self._head.data_ptr() != head.data_ptr():
+    def prepare(self, head: torch.Tensor | Codes, most_pages: int) -> None:
+        """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight, or its
+        codes."""
+        if self._head is None or _addresses(self._head) != _addresses(head):
             self._captured.clear()
         self._head = head
         if most_pages > self._width:
@@ -177,6 +178,10 @@ class DecodeStep:
                 kept.copy_(value)
             self._captured[rows] = graph
         return self._captured[rows]
+
+
+def _addresses(head: torch.Tensor | Codes) -> list[int]:
+    return [part.data_ptr() for part in (head if isinstance(head, tuple) else (head,))]
 
 
 def bucket(rows: int) -> int:

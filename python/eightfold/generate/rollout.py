@@ -88,10 +88,10 @@ class Rollout:
             samples[0].followers = samples[1:]
             self._waiting.append(samples[0])
         self.kept.refresh()
-        self._head = self.kept.rounded(self.model.lm_head)
-        self._open(max((len(request.prompt) + request.max_tokens for request in requests), default=1))
         try:
             with self.model.compute.constant_weights(self.kept):
+                self._head = self.model.compute.head_operand(self.model.lm_head)
+                self._open(max((len(request.prompt) + request.max_tokens for request in requests), default=1))
                 while self._waiting or self._running:
                     for sequence, finish in self._step():
                         completion = Completion(sequence.drawn, sequence.log_probs, finish)

@@ -104,7 +104,8 @@ class Decoder(nn.Module):
     when built here); embedding lookup, attention and head compute in bf16 for "bf16" and "fp8".
     `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations. `save="input"`
     keeps a byte less for each element of the stream in "fp8", at some precision of the gradients of q, k and v's
-    weights (`nn.functional.fp8_norm_linears`).
+    weights (`nn.functional.fp8_norm_linears`). `fp8_head=True` takes the head's product in FP8 too, with gradients as
+    if it were not.
     """
 
     def __init__(
@@ -113,10 +114,11 @@ class Decoder(nn.Module):
         precision: Precision = "bf16",
         checkpoint_layers: bool = False,
         save: Save = "columns",
+        fp8_head: bool = False,
     ):
         super().__init__()
         self.config, self.precision, self.checkpoint_layers = config, precision, checkpoint_layers
-        self.compute = strategy(precision, save)
+        self.compute = strategy(precision, save, fp8_head)
         self.model = Trunk(config, self.compute)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: model.to(dtype) must not round it.
@@ -182,7 +184,7 @@ class Decoder(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
         hidden = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
-        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens)
+        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens, self._head_codes())
         return total / count.clamp(min=1) if reduction == "mean" else total
 
     def token_log_probs(
@@ -204,12 +206,16 @@ class Decoder(nn.Module):
             shapes = [tuple(x.shape) for x in (rows, labels, temperatures)]
             raise ValueError(f"rows, labels, temperatures: expected one shape [N], got {shapes}")
         hidden = self.packed_hidden(ids, starts, longest)[rows]
-        return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, chunk_tokens)
+        return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, chunk_tokens, self._head_codes())
+
+    def _head_codes(self):
+        return self.compute.head_codes(self.lm_head)
 
     def in_precision(self, precision: Precision) -> Decoder:
         """A decoder of the same parameters (not copies) that computes in another precision."""
+        options = (self.compute.save, self.compute.fp8_head) if precision == self.precision == "fp8" else ()
         with torch.device("meta"):
-            other = Decoder(self.config, precision, self.checkpoint_layers)
+            other = Decoder(self.config, precision, self.checkpoint_layers, *options)
         for name, parameter in self.named_parameters():
             module, _, leaf = name.rpartition(".")
             setattr(other.get_submodule(module), leaf, parameter)

@@ -1,5 +1,9 @@
 """The language-model head: fp32 logits from low-precision operands, a loss that never holds all logits, and
-log-probabilities of tokens whose bits depend on their own row alone."""
+log-probabilities of tokens whose bits depend on their own row alone.
+
+A head's weight may come with its (128, 128) codes and scales (`Codes`): then the logits are an FP8 product of the rows
+and those codes, and the gradients those of the product with the weight itself (a straight-through estimate).
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from eightfold.ops.loss import IGNORED_LABEL as IGNORE
 
 ops = torch.ops.eightfold
+Codes = tuple[torch.Tensor, torch.Tensor]
 
 # Chunks cost memory; each adds a read and a write of the weight's fp32 gradient, a tenth of its products' time at 3,000
 # tokens.
@@ -25,10 +30,16 @@ def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return a @ b if a.dtype == torch.float32 else torch.mm(a, b, out_dtype=torch.float32)
 
 
+def _fp8_logits(hidden: torch.Tensor, codes: Codes) -> torch.Tensor:
+    return ops.fp8_gemm(*ops.quantize(hidden.contiguous(), [1, 128]), *codes, 128, None, torch.float32)
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight):
+    def forward(ctx, hidden, weight, codes):
         ctx.save_for_backward(hidden, weight)
+        if codes is not None:
+            return _fp8_logits(hidden, codes)
         return _matmul(_operand(hidden, hidden.dtype), _operand(weight, hidden.dtype).t())
 
     @staticmethod
@@ -37,7 +48,7 @@ class _Logits(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         grad = _operand(grad, hidden.dtype)
         d_hidden = _matmul(grad, _operand(weight, hidden.dtype)).to(hidden.dtype)
-        return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype)
+        return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype), None
 
 
 def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
@@ -48,9 +59,10 @@ def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
-def logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [..., V] of hidden [..., H] and weight [V, H]; the product is taken in the dtype of hidden."""
-    flat = _Logits.apply(hidden.reshape(-1, hidden.shape[-1]), weight)
+def logits(hidden: torch.Tensor, weight: torch.Tensor, codes: Codes | None = None) -> torch.Tensor:
+    """fp32 logits [..., V] of hidden [..., H] and weight [V, H]; the product is taken in the dtype of hidden, or in FP8
+    of `codes`."""
+    flat = _Logits.apply(hidden.reshape(-1, hidden.shape[-1]), weight, codes)
     return flat.view(*hidden.shape[:-1], -1)
 
 
@@ -59,7 +71,7 @@ class _TokenLoss(torch.autograd.Function):
     chunk's logits are at hand: three products with W, not four, and only the gradients outlive a chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk):
+    def forward(ctx, hidden, weight, labels, chunk, codes):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = _operand(weight, hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -69,7 +81,8 @@ class _TokenLoss(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             h = _operand(hidden[part], hidden.dtype)
             training = need_hidden or need_weight
-            losses, error = ops.cross_entropy(_matmul(h, w.t()), labels[part], training, hidden.dtype)
+            found = _matmul(h, w.t()) if codes is None else _fp8_logits(hidden[part], codes)
+            losses, error = ops.cross_entropy(found, labels[part], training, hidden.dtype)
             total += losses.sum()
             if training:
                 error = _operand(error, hidden.dtype)
@@ -92,48 +105,48 @@ class _TokenLoss(torch.autograd.Function):
             d_hidden.mul_(grad)
         if d_weight is not None:
             d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None
+        return d_hidden, d_weight, None, None, None
 
 
 def token_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunk_tokens: int | None = None
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    chunk_tokens: int | None = None,
+    codes: Codes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed negative log likelihood (fp32 scalar) of labels [N] given hidden [N, H] and head weight [V, H], and the
     number of labels that count (int64 scalar; -100 does not). Logits exist for `chunk_tokens` tokens at a time."""
     if chunk_tokens is None:
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
     labels = labels.to(torch.int64).contiguous()
-    return _TokenLoss.apply(hidden, weight, labels, chunk_tokens), (labels != IGNORE).sum()
+    return _TokenLoss.apply(hidden, weight, labels, chunk_tokens, codes), (labels != IGNORE).sum()
 
 
-def row_logits(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """fp32 logits [rows, V] of hidden [rows, H] and weight [V, H] of one dtype; a row depends on that row alone."""
-    return ops.gemm(hidden, weight, torch.float32)
-
-
-def _tempered(logits: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
-    """Rows of logits divided by their temperatures; 0, which draws the most likely token, counts as 1."""
-    return logits / torch.where(temperatures > 0, temperatures, 1.0)[:, None]
+def row_logits(hidden: torch.Tensor, head: torch.Tensor | Codes) -> torch.Tensor:
+    """fp32 logits [rows, V] of hidden [rows, H] and a head's weight [V, H] of one dtype, or its codes; a row depends on
+    that row alone."""
+    return _fp8_logits(hidden, head) if isinstance(head, tuple) else ops.gemm(hidden, head, torch.float32)
 
 
 def row_log_probs(logits: torch.Tensor, tokens: torch.Tensor, temperatures: torch.Tensor) -> torch.Tensor:
     """log softmax(logits / temperature)[token], fp32 [rows], of logits [rows, V], tokens int64 and temperatures fp32
-    [rows]; 0 where the token is -100."""
-    return -ops.cross_entropy(_tempered(logits, temperatures), tokens, False, logits.dtype)[0]
+    [rows] (0, which draws the most likely token, counts as 1); 0 where the token is -100."""
+    return -ops.cross_entropy(logits, tokens, False, logits.dtype, temperatures)[0]
 
 
 class _TokenLogProbs(torch.autograd.Function):
     """Chunks of logits are made in the forward pass and again in the backward: none outlives its chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperatures, chunk):
+    def forward(ctx, hidden, weight, tokens, temperatures, chunk, codes):
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        w = weight.to(hidden.dtype)
+        head = weight.to(hidden.dtype) if codes is None else codes
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            out[part] = row_log_probs(row_logits(hidden[part], w), tokens[part], temperatures[part])
+            out[part] = row_log_probs(row_logits(hidden[part], head), tokens[part], temperatures[part])
         ctx.save_for_backward(hidden, weight, tokens, temperatures)
-        ctx.chunk = chunk
+        ctx.chunk, ctx.codes = chunk, codes
         return out
 
     @staticmethod
@@ -142,20 +155,19 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, tokens, temperatures = ctx.saved_tensors
         dtype, (need_hidden, need_weight, *_) = hidden.dtype, ctx.needs_input_grad
         rounded = weight.to(dtype)
-        w = _operand(weight, dtype)
+        w, head = _operand(weight, dtype), rounded if ctx.codes is None else ctx.codes
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
-        factor = -grad / torch.where(temperatures > 0, temperatures, 1.0)
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
-            logits = _tempered(row_logits(hidden[part], rounded), temperatures[part])
-            error = ops.cross_entropy(logits, tokens[part], True, torch.float32)[1]
-            error = _operand(error * factor[part, None], dtype)
+            found = row_logits(hidden[part], head)
+            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
+            error = _operand(error * -grad[part, None], dtype)
             if need_hidden:
                 d_hidden[part] = _matmul(error, w).to(dtype)
             if need_weight:
                 _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None
+        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
 def token_log_probs(
@@ -164,9 +176,10 @@ def token_log_probs(
     tokens: torch.Tensor,
     temperatures: torch.Tensor,
     chunk_tokens: int | None = None,
+    codes: Codes | None = None,
 ) -> torch.Tensor:
     """`row_log_probs` of all rows, fp32 [rows], differentiable in hidden [rows, H] and head weight [V, H]. Logits exist
     for `chunk_tokens` rows at a time, in either pass; the result's bits do not depend on it."""
     if chunk_tokens is None:
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
-    return _TokenLogProbs.apply(hidden, weight, tokens, temperatures, chunk_tokens)
+    return _TokenLogProbs.apply(hidden, weight, tokens, temperatures, chunk_tokens, codes)

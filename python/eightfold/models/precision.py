@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from eightfold.models.head import logits
+from eightfold.models.head import Codes, logits
 from eightfold.nn import ServedCodes, WeightCache
 from eightfold.nn import functional as fused
 from eightfold.ops import rotary
@@ -103,6 +103,7 @@ class KeptWeights:
 class FP32:
     dtype = torch.float32
     kernel_norm = False  # whether `norm` gives the bits of `ops.rms_norm`
+    fp8_head = False  # whether the head's product is taken in FP8
 
     def __init__(self):
         self._kept: KeptWeights | None = None
@@ -137,6 +138,15 @@ class FP32:
     def head(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """fp32 logits."""
         return logits(x, layer.weight)
+
+    def head_codes(self, layer: nn.Linear) -> Codes | None:
+        """The head's codes and scales where its product is taken in FP8."""
+        return None
+
+    def head_operand(self, layer: nn.Linear) -> torch.Tensor | Codes:
+        """What `models.head.row_logits` multiplies by; while weights are constant, at one address."""
+        codes = self.head_codes(layer)
+        return self._kept.rounded(layer) if codes is None else codes
 
     @contextmanager
     def constant_weights(self, kept: KeptWeights | None = None):
@@ -176,9 +186,9 @@ class BF16(FP32):
 class FP8(BF16):
     kernel_norm = True
 
-    def __init__(self, save: Save = "columns"):
+    def __init__(self, save: Save = "columns", fp8_head: bool = False):
         super().__init__()
-        self.save = save
+        self.save, self.fp8_head = save, fp8_head
         self.codes: Mapping[nn.Linear, WeightCache] | None = None  # if given, also passes with gradients use them
         self.served: ServedCodes | None = None  # codes from elsewhere: then no linear's weight is read
 
@@ -196,6 +206,15 @@ class FP8(BF16):
 
     def norm(self, x, norm):
         return fused.fp8_rms_norm(x, norm.weight, norm.eps)
+
+    def head_codes(self, layer):
+        if not self.fp8_head:
+            return None
+        cache = self._cache(layer)
+        return (WeightCache() if cache is None else cache).codes(layer.weight)
+
+    def head(self, x, layer):
+        return logits(x, layer.weight, self.head_codes(layer)) if self.fp8_head else super().head(x, layer)
 
     def norm_linears(self, x, norm, layers, residual=None):
         weights, biases, caches = self._parameters(layers)
@@ -226,10 +245,13 @@ class FP8(BF16):
 STRATEGIES = {"fp32": FP32, "bf16": BF16, "fp8": FP8}
 
 
-def strategy(precision: Precision, save: Save = "columns") -> FP32:
-    """The strategy object of a precision name; ``save`` is that of `nn.functional.fp8_norm_linears`, for FP8."""
+def strategy(precision: Precision, save: Save = "columns", fp8_head: bool = False) -> FP32:
+    """The strategy object of a precision name; for FP8, ``save`` is that of `nn.functional.fp8_norm_linears` and
+    ``fp8_head`` takes the head's product in FP8 too."""
     if precision not in STRATEGIES:
         raise ValueError(f"precision: expected one of {', '.join(STRATEGIES)}, got {precision!r}")
     if save not in ("columns", "input"):
         raise ValueError(f"save: expected 'columns' or 'input', got {save!r}")
-    return FP8(save) if precision == "fp8" else STRATEGIES[precision]()
+    if fp8_head and precision != "fp8":
+        raise ValueError(f"fp8_head: expected False unless precision is 'fp8', got True with {precision!r}")
+    return FP8(save, fp8_head) if precision == "fp8" else STRATEGIES[precision]()

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from eightfold.train import sections
 from eightfold.train.sections import Section
@@ -19,8 +19,15 @@ class ModelConfig(Section):
         "pretrained", description="the weights at path, or random ones (by seed) of the sizes in its config.json"
     )
     precision: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how linears, norms and SwiGLU compute")
+    fp8_head: bool = Field(False, description="with precision fp8: the head's product in FP8 too")
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the parameters are kept")
     compile: bool = Field(False, description="torch.compile each layer: for bf16 and fp32, whose steps are not fused")
+
+    @model_validator(mode="after")
+    def _agrees(self) -> "ModelConfig":
+        if self.fp8_head and self.precision != "fp8":
+            raise ValueError(f"fp8_head: expected precision fp8 beside it, got {self.precision}")
+        return self
 
     def resolved(self) -> Path:
         """``path``; of a run's folder its latest checkpoint; of ``smollm2`` the packaged file (fetched once)."""

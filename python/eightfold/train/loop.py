@@ -114,7 +114,9 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[nn.Module, An
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parameters]
     make = new_decoder if config.init == "random" else load_decoder
-    return make(config.resolved(), config.precision, dtype, device)
+    model, tokenizer = make(config.resolved(), config.precision, dtype, device)
+    model.compute.fp8_head = config.fp8_head
+    return model, tokenizer
 
 
 @contextlib.contextmanager

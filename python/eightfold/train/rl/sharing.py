@@ -59,7 +59,9 @@ class PolicyCopy:
         for name, parameter in self._model.named_parameters():
             path, _, leaf = name.rpartition(".")
             module = decoder.get_submodule(path)
-            in_codes = isinstance(module, nn.Linear) and module is not decoder.lm_head and leaf == "weight"
+            in_codes = isinstance(module, nn.Linear) and leaf == "weight"
+            if module is decoder.lm_head and not compute.fp8_head:
+                in_codes = False
             if served is not None and in_codes:
                 if not self._received:
                     # Nothing reads it: it only says shape, dtype and device.
@@ -73,6 +75,8 @@ class PolicyCopy:
             else:
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
         decoder.tie_weights()
+        if served is not None and compute.fp8_head and decoder.config.tie_word_embeddings:
+            served.put(decoder.lm_head.weight, *gathered_codes(self._model.lm_head.weight))
         self._received = True
 
 

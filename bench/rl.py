@@ -1,0 +1,113 @@
+"""A step of reinforcement learning of a Qwen3-8B-shaped model: rollout, training, handing the weights over; our unified
+FP8 flow beside our bf16, on the same prompts, one after the other.
+
+64 completions of 2,048 tokens after 512, each sequence once. Training in bf16 has its layers under torch.compile.
+"""
+
+import gc
+import time
+
+import torch
+
+import eightfold.optim
+from eightfold.generate.requests import Request, RolloutOptions
+from eightfold.generate.rollout import Rollout
+from eightfold.generate.text import SamplingOptions
+from eightfold.models.decoder import Decoder
+from eightfold.train.rl.batches import Sample, pack, parts
+
+from .common import Bench
+from .decode import QWEN3_8B, SMALL, random_decoder
+
+SIZES, CPU_SIZES = (64, 512, 2048, 12288), (2, 8, 8, 16)  # sequences, prompt, completion, tokens of a micro-batch
+PAGE = 64
+
+
+def run(bench: Bench) -> None:
+    cuda = bench.device.type == "cuda"
+    config, sizes = (QWEN3_8B, SIZES) if cuda else (SMALL, CPU_SIZES)
+    found = {}
+    for name, precision, fp8_head in (
+        ("ours", "fp8", True),
+        ("ours, head bf16", "fp8", False),
+        ("bf16", "bf16", False),
+    ):
+        torch.manual_seed(0)
+        model = random_decoder(config, bench.device, checkpoint_layers=True, fp8_head=fp8_head)
+        found[name] = _times(model, precision, *sizes, bench.device)
+        del model
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    sequences, prompt, completion, _ = sizes
+    shape = f"8B {sequences} x ({prompt} + {completion})" if cuda else "small"
+    for part in ("rollout", "training", "whole step"):
+        runs = {
+            name: {"ms": times[part], "tokens_per_second": times["tokens"][part] / times[part] * 1e3}
+            for name, times in found.items()
+        }
+        for name, times in found.items():
+            runs[name]["peak_bytes"] = times["peak_bytes"]
+        bench.note("step", name=f"RL {part}, {shape}", runs=runs)
+    for name, times in found.items():
+        print(f"  {name}: weights handed over in {times['hand_over']:.1f} ms; max |delta log p| {times['mismatch']}")
+
+
+def _times(model: Decoder, precision: str, sequences: int, prompt: int, completion: int, tokens: int, device) -> dict:
+    """Milliseconds of each part, of the second of two steps; the first captures and compiles."""
+    trained = policy = model
+    if precision == "bf16":
+        trained = policy = model.in_precision("bf16")
+        for layer in trained.model.layers:
+            layer.compile()
+    optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-6)
+    pages = sequences * -(-(prompt + completion) // PAGE)
+    engine = Rollout(policy, RolloutOptions(pages, PAGE, sequences, keep_cache=False))
+    if precision == "fp8":
+        trained.compute.codes = engine.kept.codes
+    generator = torch.Generator().manual_seed(1)
+    for drawn in (min(64, completion), completion):
+        ids = torch.randint(model.config.vocab_size, (sequences, prompt), generator=generator).tolist()
+        asked = [Request(row, drawn, SamplingOptions(1.0), seed=i) for i, row in enumerate(ids)]
+        begin = _clock(device)
+        groups = engine.generate(asked)
+        rolled = _clock(device)
+        mismatch = _train(trained, optimizer, asked, groups, tokens, device)
+        updated = _clock(device)
+        engine.kept.refresh()
+        ended = _clock(device)
+    whole = sequences * (prompt + completion)
+    return {
+        "rollout": 1e3 * (rolled - begin),
+        "training": 1e3 * (updated - rolled),
+        "whole step": 1e3 * (ended - begin),
+        "tokens": {"rollout": sequences * completion, "training": whole, "whole step": sequences * completion},
+        "hand_over": 1e3 * (ended - updated),
+        "mismatch": mismatch,
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+
+
+def _train(model: Decoder, optimizer, asked, groups, tokens: int, device) -> float:
+    """One update; max |delta log p| of rollout and training."""
+    samples = [
+        Sample(request.prompt, completion, 1.0, (-1.0) ** i)
+        for i, (request, group) in enumerate(zip(asked, groups, strict=True))
+        for completion in group
+    ]
+    drawn = sum(len(sample.completion.tokens) for sample in samples)
+    worst = torch.zeros((), device=device)
+    for part in parts(samples, tokens):
+        packed = pack(part, device)
+        found = packed.log_probs(model)
+        worst = torch.maximum(worst, (found.detach() - packed.batch.rollout_logp).abs().max())
+        (-(found * packed.batch.spread(packed.batch.advantages)).sum() / drawn).backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return worst.item()
+
+
+def _clock(device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
