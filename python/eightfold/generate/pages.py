@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PagePool:
     """Hands out page numbers and counts their holders: sequences that share a prompt share its full pages."""
 
-    def __init__(self, pages: int):
-        self._free = list(range(pages - 1, -1, -1))
+    def __init__(self, pages: int, order: Sequence[int] | None = None):
+        """order: of all page numbers, in which they are handed out; default: from 0 on."""
+        self._free = list(range(pages) if order is None else order)[::-1]
         self._holders = [0] * pages
 
     @property
