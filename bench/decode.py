@@ -1,8 +1,9 @@
 """The decoding step of a rollout: a token of each sequence of a Qwen3-8B-shaped model, drawn with its log-probability.
 
-Ours is generate.decoding.DecodeStep, a CUDA graph, in FP8 (with the head in bf16, and in FP8) and in bf16; the peer is
-the same step in plain torch, its layers under torch.compile, captured in a CUDA graph too. Floor: the bytes of weights,
-of the head and of keys and values, once. Checked first: log-probabilities of a rollout against the training pass's.
+Ours is generate.decoding.DecodeStep, a CUDA graph, in FP8 (head and cache in bf16, or all in FP8) and in bf16; the peer
+is the same step in plain torch, its layers under torch.compile, captured in a CUDA graph too. Floor: the bytes of
+weights, of the head and of keys and values, once. Checked first: log-probabilities of a rollout against the training
+pass's.
 """
 
 from contextlib import contextmanager
@@ -35,8 +36,8 @@ def run(bench: Bench) -> None:
     config = QWEN3_8B if cuda else SMALL
     torch.manual_seed(0)
     model = random_decoder(config, bench.device)
-    models = {"fp8": model, "fp8, head fp8": model.in_precision("fp8"), "bf16": model.in_precision("bf16")}
-    models["fp8, head fp8"].compute.fp8_head = True
+    models = {"fp8": model, "all fp8": model.in_precision("fp8"), "bf16": model.in_precision("bf16")}
+    models["all fp8"].compute.fp8_head = models["all fp8"].compute.fp8_cache = True
     for batch, context in SHAPES if cuda else CPU_SHAPES:
         peer = _peer(model, batch, context)
         for name, decoder in models.items():
@@ -73,7 +74,8 @@ def step_bytes(decoder: Decoder, batch: int, context: int) -> int:
     config, fp8 = decoder.config, decoder.precision == "fp8"
     matrices = sum(p.numel() for p in decoder.model.layers.parameters() if p.ndim == 2)
     head = decoder.lm_head.weight.numel() * (1 if decoder.compute.fp8_head else 2)
-    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 2
+    row = config.head_dim + 4 if decoder.compute.fp8_cache else 2 * config.head_dim
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * row
     return matrices * (1 if fp8 else 2) + head + batch * context * cache
 
 
@@ -81,7 +83,7 @@ def step_bytes(decoder: Decoder, batch: int, context: int) -> int:
 def _step(decoder: Decoder, batch: int, context: int, graphs: bool):
     """A step whose sequences have `context` tokens in pages that lie anywhere."""
     pages = -(-(context + AHEAD) // PAGE)
-    cache = PagedCache(decoder.config, batch * pages, PAGE, torch.bfloat16, decoder.device)
+    cache = PagedCache(decoder.config, batch * pages, PAGE, decoder.compute.cache_dtype, decoder.device)
     order = torch.randperm(batch * pages).tolist()
     with torch.inference_mode(), decoder.compute.constant_weights(KeptWeights(torch.bfloat16)):
         step = DecodeStep(decoder, cache, batch, graphs)

@@ -134,6 +134,7 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     shape = (count * most, kv_heads, page_size, dim)
     k_pages, v_pages = (torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     op.paged_store_(k, v, k_pages, v_pages, None, None, slots)
+    op.kv_round(k)
     codes = [torch.zeros(shape, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
     codes += [torch.zeros(shape[:3], device="cuda") for _ in range(2)]
     op.paged_store_(k, v, *codes, slots)

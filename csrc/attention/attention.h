@@ -99,4 +99,15 @@ struct RopeCacheWrite {
 void rope_cache_write_cpu(const RopeCacheWrite& op);
 void rope_cache_write_sm90(const RopeCacheWrite& op, void* stream);
 
+// Keys or values as a cache of E4M3 pages gives them back: a row of a head becomes code * scale, rounded to the dtype; codes and scale are
+// those of PagedStore. Training that takes them so has the bits of decoding over such pages.
+struct KvRound {
+  AttentionRows x, out;  // [tokens, heads, dim]
+  DType dtype;
+  int64_t tokens, heads, dim;
+};
+
+void kv_round_cpu(const KvRound& op);
+void kv_round_sm90(const KvRound& op, void* stream);
+
 }  // namespace eightfold

@@ -15,6 +15,15 @@ __device__ __forceinline__ int64_t place_of(const PagedStore& op, int64_t slot, 
   return (page * op.kv_heads + head) * op.page_size + (at - page * size);
 }
 
+// The scale of a row's codes. x: the lane's octet of it, zeros past the row's end; all lanes of a warp take part.
+__device__ __forceinline__ float row_scale(const Octet<__nv_bfloat16>& x) {
+  using T = __nv_bfloat16;
+  uint32_t maximum = octet_maximum(x);
+#pragma unroll
+  for (int step = kRowLanes / 2; step > 0; step /= 2) maximum = Octet<T>::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, step));
+  return group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), false);
+}
+
 // x: the lane's octet of the row, zeros from op.dim on. All lanes of a warp take part, also for a row that goes nowhere.
 template <bool kCodes>
 __device__ __forceinline__ void store_row(const PagedStore& op, bool values, int64_t place, const Octet<__nv_bfloat16>& x) {
@@ -24,10 +33,7 @@ __device__ __forceinline__ void store_row(const PagedStore& op, bool values, int
   const bool mine = place >= 0 && 8 * lane < op.dim;
   const int64_t at = place * op.dim + 8 * lane;
   if constexpr (kCodes) {
-    uint32_t maximum = octet_maximum(x);
-#pragma unroll
-    for (int step = kRowLanes / 2; step > 0; step /= 2) maximum = Octet<T>::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, step));
-    const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), false);
+    const float scale = row_scale(x);
     if (place >= 0 && lane == 0) (values ? op.v_scales : op.k_scales)[place] = scale;
     if (mine) store_codes8(static_cast<uint8_t*>(pages) + at, encode_octet(x, GroupDivider<T>::of(scale)), 8, true);
   } else if (mine) {

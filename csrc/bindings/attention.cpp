@@ -310,12 +310,31 @@ Tensor rope_cache_write(const Tensor& q, const Tensor& k, const Tensor& v, const
   return out;
 }
 
+Tensor kv_round(const Tensor& x) {
+  const char* op = "kv_round";
+  check_rows(x, op, "x");
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, "x");
+  check_sm90(x, op, "x");
+  Tensor out = empty(x.sizes(), x.scalar_type(), x);
+  const KvRound args{rows_of(x), rows_of(out), dtype_of(x, op, "x"), x.size(0), x.size(1), x.size(2)};
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (x.is_cuda()) {
+    OnDeviceOf device(x);
+    kv_round_sm90(args, current_stream(x));
+    return out;
+  }
+#endif
+  kv_round_cpu(args);
+  return out;
+}
+
 template <class Library>
 void register_all(Library& m) {
   m.impl("attention", EF_BOX(&attention));
   m.impl("paged_attention", EF_BOX(&paged_attention));
   m.impl("paged_store_", EF_BOX(&paged_store_));
   m.impl("rope_cache_write", EF_BOX(&rope_cache_write));
+  m.impl("kv_round", EF_BOX(&kv_round));
 }
 
 }  // namespace

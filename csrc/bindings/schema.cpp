@@ -56,6 +56,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? "
       "k_scales, Tensor(d!)? v_scales, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
+  m.def("kv_round(Tensor x) -> Tensor");
 
   // loss
   m.def(

@@ -20,7 +20,7 @@ def records(path):
 def test_decode(bench, tmp_path):
     bench.__main__.main(["decode", "--device", "cpu", "--results", str(tmp_path)])
     lines = [record["line"] for record in records(tmp_path / "cpu" / "decode.jsonl") if "line" in record]
-    assert [line["op"] for line in lines] == ["decode fp8", "decode fp8, head fp8", "decode bf16"]
+    assert [line["op"] for line in lines] == ["decode fp8", "decode all fp8", "decode bf16"]
     assert [line["error"] for line in lines][:2] == [0, 0]
     assert 0 < lines[2]["error"] < 0.5
     assert set(lines[2]["peers_us"]) == {"torch bf16 compiled"}
@@ -32,8 +32,8 @@ def test_step_bytes(bench):
         model = bench.decode.Decoder(bench.decode.QWEN3_8B, "fp8")
     layers, head = 36 * (4096 * (4096 + 1024 + 1024 + 4096) + 3 * 4096 * 12288), 151936 * 4096
     assert bench.decode.step_bytes(model, 1, 1000) == layers + 2 * head + 1000 * 147456
-    model.compute.fp8_head = True
-    assert bench.decode.step_bytes(model, 2, 10) == layers + head + 20 * 147456
+    model.compute.fp8_head = model.compute.fp8_cache = True
+    assert bench.decode.step_bytes(model, 2, 10) == layers + head + 20 * 36 * 2 * 8 * 132
     assert bench.decode.step_bytes(model.in_precision("bf16"), 1, 0) == 2 * (layers + head)
 
 
@@ -42,7 +42,7 @@ def test_rl(bench, tmp_path, capsys):
     steps = [record["step"] for record in records(tmp_path / "cpu" / "rl.jsonl") if "step" in record]
     assert [step["name"] for step in steps] == ["RL rollout, small", "RL training, small", "RL whole step, small"]
     for step in steps:
-        assert set(step["runs"]) == {"ours", "ours, head bf16", "bf16"}
+        assert set(step["runs"]) == {"ours", "ours, head and cache bf16", "bf16"}
         assert all(run["ms"] > 0 and run["tokens_per_second"] > 0 for run in step["runs"].values())
     out = capsys.readouterr().out
     assert "ours: weights handed over in " in out

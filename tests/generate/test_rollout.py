@@ -74,9 +74,9 @@ def test_a_completion_depends_on_nothing_beside_it(model):
     assert run(model, [alone])[0][0] == together[3][2]
 
 
-@pytest.mark.parametrize("fp8_head", [False, True])
-def test_log_probs_have_the_trainers_bits(model, fp8_head):
-    model.compute.fp8_head = fp8_head
+@pytest.mark.parametrize(("fp8_head", "fp8_cache"), [(False, False), (True, False), (False, True), (True, True)])
+def test_log_probs_have_the_trainers_bits(model, fp8_head, fp8_cache):
+    model.compute.fp8_head, model.compute.fp8_cache = fp8_head, fp8_cache
     asked = requests(5, samples=2) + requests(2, options=SamplingOptions())
     groups = run(model, asked, sequences=7, pages=40)
     rolled = [c.log_probs for group in groups for c in group]

@@ -27,6 +27,7 @@ def test_file_and_overrides(config_file):
         ("optimizer.lr=-1", r"key 'optimizer\.lr': .*greater than 0"),
         ("model.precision=fp4", r"key 'model\.precision': .*'fp32', 'bf16' or 'fp8', got 'fp4'"),
         ("model.fp8_head=true", r"key 'model': fp8_head: expected precision fp8 beside it, got bf16"),
+        ("model.fp8_cache=true", r"key 'model': fp8_cache: expected precision fp8 beside it, got bf16"),
         ("tensorboard=perhaps", r"key 'tensorboard': .*valid boolean"),
         ("data.held_out=1.5", r"key 'data\.held_out': .*less than 1"),
         ("steps", r"override 'steps' is not of the form key=value"),

@@ -110,7 +110,9 @@ class Rollout:
         """The cache and the steps over it, for sequences of up to `longest` tokens."""
         model, options = self.model, self.options
         if self._cache is None:
-            self._cache = PagedCache(model.config, options.pages, options.page_size, model.compute.dtype, model.device)
+            self._cache = PagedCache(
+                model.config, options.pages, options.page_size, model.compute.cache_dtype, model.device
+            )
             graphs = kernels_run_on(model.device) if options.cuda_graphs is None else options.cuda_graphs
             self._steps = DecodeStep(model, self._cache, options.sequences, graphs)
         self._steps.prepare(self._head, -(-longest // options.page_size))

@@ -149,12 +149,16 @@ class Packed:
 
 
 class PagedCache:
-    """Keys and values of all layers in pages of `page_size` tokens: [layers, pages, kv_heads, page_size, head_dim]."""
+    """Keys and values of all layers in pages of `page_size` tokens: [layers, pages, kv_heads, page_size, head_dim]; in
+    float8_e4m3fn with a scale for each row of a head."""
 
     def __init__(self, config, pages: int, page_size: int, dtype: torch.dtype, device: torch.device | str = "cpu"):
         shape = (config.num_hidden_layers, pages, config.num_key_value_heads, page_size, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.key_scales = self.value_scales = None
+        if dtype == torch.float8_e4m3fn:
+            self.key_scales, self.value_scales = (torch.zeros(shape[:-1], device=device) for _ in range(2))
 
     @property
     def pages(self) -> int:
@@ -166,8 +170,16 @@ class PagedCache:
 
     def copy_page(self, source: int, target: int) -> None:
         """Page `source` of every layer into page `target`."""
-        self.keys[:, target] = self.keys[:, source]
-        self.values[:, target] = self.values[:, source]
+        for part in (self.keys, self.values, self.key_scales, self.value_scales):
+            if part is not None:
+                part[:, target] = part[:, source]
+
+    def layer(self, index: int) -> dict[str, torch.Tensor]:
+        """The arguments by which the ops over pages know a layer's part."""
+        part = {"k_pages": self.keys[index], "v_pages": self.values[index]}
+        if self.key_scales is not None:
+            part |= {"k_scales": self.key_scales[index], "v_scales": self.value_scales[index]}
+        return part
 
 
 class Paged:
@@ -191,22 +203,20 @@ class Paged:
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
-        paged_store_(k[0], v[0], keys, values, self.slots)
-        return self._attend(q[0], keys, values)
+        pages = self.cache.layer(layer)
+        paged_store_(k[0], v[0], slots=self.slots, **pages)
+        return self._attend(q[0], pages)
 
     def of_projections(self, layer: int, q, k, v, tables, norms=(None, None)) -> torch.Tensor:
         """The same of q, k and v that are not rotated yet, nor q and k normalised by the weights of `norms`: one kernel
         does that and stores, with the bits of the ops apart."""
-        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        pages = self.cache.layer(layer)
         cos, sin = (table[0, :, 0] for table in tables)
         weights = {}
         if norms[0] is not None:
             weights = {"q_weight": norms[0].weight, "k_weight": norms[1].weight, "eps": norms[0].eps}
-        return self._attend(
-            rope_cache_write(q[0], k[0], v[0], cos, sin, keys, values, self.slots, **weights), keys, values
-        )
+        return self._attend(rope_cache_write(q[0], k[0], v[0], cos, sin, slots=self.slots, **pages, **weights), pages)
 
-    def _attend(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        out = paged_attention(q, keys, values, self.pages, self.starts, self.lengths, longest=self.longest)
-        return out.flatten(1)[None]
+    def _attend(self, q: torch.Tensor, pages: dict[str, torch.Tensor]) -> torch.Tensor:
+        where = {"pages": self.pages, "starts": self.starts, "lengths": self.lengths, "longest": self.longest}
+        return paged_attention(q, **pages, **where).flatten(1)[None]

@@ -14,7 +14,7 @@ from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables
-from eightfold.ops import rotary
+from eightfold.ops import kv_round, rotary
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache"]
 
@@ -76,6 +76,8 @@ class DecoderLayer(nn.Module):
             q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
             q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
             q, k = rotary(q, *tables), rotary(k, *tables)
+        if self.compute.fp8_cache:
+            k, v = (kv_round(x.flatten(0, 1)).view(x.shape) for x in (k, v))
         mixed = self.compute.attention_output(attend(self.index, q, k, v), attn.o_proj)
         return self.compute.norm_mlp(mixed, self.post_attention_layernorm, self.mlp, stream)
 
@@ -105,7 +107,7 @@ class Decoder(nn.Module):
     `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations. `save="input"`
     keeps a byte less for each element of the stream in "fp8", at some precision of the gradients of q, k and v's
     weights (`nn.functional.fp8_norm_linears`). `fp8_head=True` takes the head's product in FP8 too, with gradients as
-    if it were not.
+    if it were not; `fp8_cache=True` rounds keys and values as a cache in FP8 gives them back, likewise.
     """
 
     def __init__(
@@ -115,10 +117,11 @@ class Decoder(nn.Module):
         checkpoint_layers: bool = False,
         save: Save = "columns",
         fp8_head: bool = False,
+        fp8_cache: bool = False,
     ):
         super().__init__()
         self.config, self.precision, self.checkpoint_layers = config, precision, checkpoint_layers
-        self.compute = strategy(precision, save, fp8_head)
+        self.compute = strategy(precision, save, fp8_head, fp8_cache)
         self.model = Trunk(config, self.compute)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         # Not a buffer: model.to(dtype) must not round it.
@@ -213,9 +216,11 @@ class Decoder(nn.Module):
 
     def in_precision(self, precision: Precision) -> Decoder:
         """A decoder of the same parameters (not copies) that computes in another precision."""
-        options = (self.compute.save, self.compute.fp8_head) if precision == self.precision == "fp8" else ()
+        options, mine = {}, self.compute
+        if precision == self.precision == "fp8":
+            options = {"save": mine.save, "fp8_head": mine.fp8_head, "fp8_cache": mine.fp8_cache}
         with torch.device("meta"):
-            other = Decoder(self.config, precision, self.checkpoint_layers, *options)
+            other = Decoder(self.config, precision, self.checkpoint_layers, **options)
         for name, parameter in self.named_parameters():
             module, _, leaf = name.rpartition(".")
             setattr(other.get_submodule(module), leaf, parameter)

@@ -104,6 +104,12 @@ class FP32:
     dtype = torch.float32
     kernel_norm = False  # whether `norm` gives the bits of `ops.rms_norm`
     fp8_head = False  # whether the head's product is taken in FP8
+    fp8_cache = False  # whether keys and values are rounded as a cache in FP8 has them
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """Of a paged cache."""
+        return torch.float8_e4m3fn if self.fp8_cache else self.dtype
 
     def __init__(self):
         self._kept: KeptWeights | None = None
@@ -186,9 +192,9 @@ class BF16(FP32):
 class FP8(BF16):
     kernel_norm = True
 
-    def __init__(self, save: Save = "columns", fp8_head: bool = False):
+    def __init__(self, save: Save = "columns", fp8_head: bool = False, fp8_cache: bool = False):
         super().__init__()
-        self.save, self.fp8_head = save, fp8_head
+        self.save, self.fp8_head, self.fp8_cache = save, fp8_head, fp8_cache
         self.codes: Mapping[nn.Linear, WeightCache] | None = None  # if given, also passes with gradients use them
         self.served: ServedCodes | None = None  # codes from elsewhere: then no linear's weight is read
 
@@ -245,13 +251,16 @@ class FP8(BF16):
 STRATEGIES = {"fp32": FP32, "bf16": BF16, "fp8": FP8}
 
 
-def strategy(precision: Precision, save: Save = "columns", fp8_head: bool = False) -> FP32:
-    """The strategy object of a precision name; for FP8, ``save`` is that of `nn.functional.fp8_norm_linears` and
-    ``fp8_head`` takes the head's product in FP8 too."""
+def strategy(precision: Precision, save: Save = "columns", fp8_head: bool = False, fp8_cache: bool = False) -> FP32:
+    """The strategy object of a precision name. For FP8, ``save`` is that of `nn.functional.fp8_norm_linears`,
+    ``fp8_head`` takes the head's product in FP8 too, and ``fp8_cache`` rounds keys and values by `ops.kv_round`."""
     if precision not in STRATEGIES:
         raise ValueError(f"precision: expected one of {', '.join(STRATEGIES)}, got {precision!r}")
     if save not in ("columns", "input"):
         raise ValueError(f"save: expected 'columns' or 'input', got {save!r}")
-    if fp8_head and precision != "fp8":
-        raise ValueError(f"fp8_head: expected False unless precision is 'fp8', got True with {precision!r}")
-    return FP8(save, fp8_head) if precision == "fp8" else STRATEGIES[precision]()
+    if precision == "fp8":
+        return FP8(save, fp8_head, fp8_cache)
+    for name, value in (("fp8_head", fp8_head), ("fp8_cache", fp8_cache)):
+        if value:
+            raise ValueError(f"{name}: expected False unless precision is 'fp8', got True with {precision!r}")
+    return STRATEGIES[precision]()

@@ -23,7 +23,7 @@ from eightfold.ops.quant import (
     requantize,
     transpose,
 )
-from eightfold.ops.rope_cache import rope_cache_write
+from eightfold.ops.rope_cache import kv_round, rope_cache_write
 from eightfold.ops.rotary import rotary, rotary_backward_quantize
 from eightfold.ops.sampling import sample
 
@@ -43,6 +43,7 @@ __all__ = [
     "gemm",
     "gemm_plan",
     "kernels_run_on",
+    "kv_round",
     "paged_attention",
     "paged_store_",
     "quantize",

@@ -1,4 +1,4 @@
-"""Between the projection to queries, keys and values and attention over pages: head norms, rotation, the cache."""
+"""Between the projection to queries, keys and values and attention: head norms, rotation, the cache, its rounding."""
 
 import torch
 from torch import Tensor
@@ -48,3 +48,32 @@ def rope_cache_write(
 @torch.library.register_fake("eightfold::rope_cache_write")
 def _(q, *args):
     return q.new_empty(q.shape)
+
+
+def kv_round(x: Tensor) -> Tensor:
+    """Keys or values as a cache of E4M3 pages gives them back: each row of a head times its scale, amax / 448, with the
+    codes of ``paged_store_``. Attention over packed sequences of them has the bits of ``paged_attention`` over pages.
+
+    Args:
+        x: bfloat16, or float32 on the CPU, [tokens, heads, dim], dim contiguous, any other strides; on CUDA dim is 64,
+            96 or 128.
+
+    Returns a contiguous tensor of x's shape and dtype. Its gradient is passed on as it is (a straight-through
+    estimate). Raises RuntimeError for other dtypes, shapes or layouts.
+    """
+    return _KvRound.apply(x)
+
+
+class _KvRound(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return _ops.kv_round(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+@torch.library.register_fake("eightfold::kv_round")
+def _(x):
+    return x.new_empty(x.shape)

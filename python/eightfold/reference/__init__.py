@@ -24,7 +24,7 @@ from eightfold.reference.quant import (
     requantize,
     transpose_codes,
 )
-from eightfold.reference.rope_cache import rope_cache_write
+from eightfold.reference.rope_cache import kv_round, rope_cache_write
 from eightfold.reference.rotary import rotary, rotary_backward_quantize
 from eightfold.reference.sampling import sample
 
@@ -40,6 +40,7 @@ __all__ = [
     "fp8_gemm",
     "fp8_gemm_accumulate_",
     "gemm",
+    "kv_round",
     "paged_attention",
     "paged_store_",
     "quantize",

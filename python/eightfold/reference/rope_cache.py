@@ -1,9 +1,11 @@
 """What lies between the projection to q, k and v and attention over pages, in plain torch."""
 
+import torch
 from torch import Tensor
 
 from eightfold.reference.attention import paged_store_
 from eightfold.reference.norm import rms_norm
+from eightfold.reference.quant import group_scales, to_e4m3
 from eightfold.reference.rotary import rotary
 
 
@@ -36,3 +38,9 @@ def rope_cache_write(
 
     paged_store_(turned(k, k_weight), v, k_pages, v_pages, k_scales, v_scales, slots)
     return turned(q, q_weight)
+
+
+def kv_round(x: Tensor) -> Tensor:
+    """Keys or values [tokens, heads, dim] as E4M3 pages give them back: bfloat16(code * scale), a scale a row."""
+    scales = group_scales(x.float().abs().amax(-1))[..., None]
+    return (to_e4m3(x.float() / scales).float() * scales).to(torch.bfloat16).to(x.dtype)

@@ -20,13 +20,17 @@ class ModelConfig(Section):
     )
     precision: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how linears, norms and SwiGLU compute")
     fp8_head: bool = Field(False, description="with precision fp8: the head's product in FP8 too")
+    fp8_cache: bool = Field(
+        False, description="with precision fp8: keys and values rounded as rollout's FP8 cache has them"
+    )
     parameters: Literal["fp32", "bf16"] = Field("fp32", description="dtype in which the parameters are kept")
     compile: bool = Field(False, description="torch.compile each layer: for bf16 and fp32, whose steps are not fused")
 
     @model_validator(mode="after")
     def _agrees(self) -> "ModelConfig":
-        if self.fp8_head and self.precision != "fp8":
-            raise ValueError(f"fp8_head: expected precision fp8 beside it, got {self.precision}")
+        for name in ("fp8_head", "fp8_cache"):
+            if getattr(self, name) and self.precision != "fp8":
+                raise ValueError(f"{name}: expected precision fp8 beside it, got {self.precision}")
         return self
 
     def resolved(self) -> Path:

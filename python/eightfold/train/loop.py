@@ -115,7 +115,7 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[nn.Module, An
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.parameters]
     make = new_decoder if config.init == "random" else load_decoder
     model, tokenizer = make(config.resolved(), config.precision, dtype, device)
-    model.compute.fp8_head = config.fp8_head
+    model.compute.fp8_head, model.compute.fp8_cache = config.fp8_head, config.fp8_cache
     return model, tokenizer
 
 

@@ -68,7 +68,7 @@ def torchrun(tmp_path, settings, program=RL, fails=False):
 
 
 def test_two_processes_equal_one(settings, tmp_path):
-    settings["model"]["fp8_head"] = True
+    settings["model"] |= {"fp8_head": True, "fp8_cache": True}
     one = train_rl(parse_rl_config(settings | {"output": str(tmp_path / "one")})).records
     errors = torchrun(tmp_path, settings)
     two = read_log(tmp_path / "two" / "log.jsonl")
