@@ -78,8 +78,6 @@ class DecodeStep:
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
         self._head: torch.Tensor | None = None
         self._count, self._launches, self._changed = 0, 0, False
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
         # Two of each: the host writes and reads one while the device uses the other.
         self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
         self._resize(1)
@@ -92,12 +90,17 @@ class DecodeStep:
         self._table = torch.zeros(self._capacity, width, dtype=torch.int32)
         self._sent = [self._host(torch.int32, width) for _ in range(2)]
         self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
-        self._captured.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets the graphs go. Those to come share another pool: one whose graphs are all gone cannot be used again."""
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
 
     def prepare(self, head: torch.Tensor, most_pages: int) -> None:
         """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight."""
         if self._head is None or self._head.data_ptr() != head.data_ptr():
-            self._captured.clear()
+            self._forget()
         self._head = head
         if most_pages > self._width:
             self._resize(1 << (most_pages - 1).bit_length())
