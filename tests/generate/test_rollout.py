@@ -211,6 +211,21 @@ def test_longer_sequences_in_a_later_call(model, precision):
         assert precision == "bf16" or found == run(model, asked)  # products of bf16 are a vendor's
 
 
+def test_weights_in_other_memory(model):
+    """Graphs know addresses: other parameters, in new memory, take other graphs."""
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    asked = requests(3)
+    first = engine.generate(asked)
+    layer = model.model.layers[1]
+    for module in (model.model.norm, model.model.embed_tokens, layer.input_layernorm, layer.mlp.up_proj):
+        module.weight = torch.nn.Parameter(module.weight.detach() * 1.25)
+    engine._steps._captured[0] = None
+    second = engine.generate(asked)
+    assert second != first
+    assert 0 not in engine._steps._captured
+    assert second == run(model, asked)
+
+
 def test_a_cache_given_back(model):
     engine = Rollout(model, RolloutOptions(pages=200, page_size=16, keep_cache=False))
     asked = requests(3)

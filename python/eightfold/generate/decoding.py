@@ -61,7 +61,7 @@ class Drawn:
 
 
 class DecodeStep:
-    """One decoder, one cache, at most `capacity` rows. Weights, head and cache stay at their addresses."""
+    """One decoder, one cache, at most `capacity` rows. Between calls of `prepare` weights stay at their addresses."""
 
     def __init__(self, model: Decoder, cache: PagedCache, capacity: int, graphs: bool):
         self._model, self._cache, self._graphs = model, cache, graphs
@@ -77,6 +77,7 @@ class DecodeStep:
         self._top_k, self._active = numbers(torch.int32), numbers(torch.int32)
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
         self._head: torch.Tensor | None = None
+        self._weights: list[int] = []
         self._count, self._launches, self._changed = 0, 0, False
         # Two of each: the host writes and reads one while the device uses the other.
         self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
@@ -99,9 +100,10 @@ class DecodeStep:
 
     def prepare(self, head: torch.Tensor, most_pages: int) -> None:
         """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight."""
-        if self._head is None or self._head.data_ptr() != head.data_ptr():
+        weights = [weight.data_ptr() for weight in (head, *self._model.parameters())]
+        if weights != self._weights:  # graphs read them where they were
             self._forget()
-        self._head = head
+        self._head, self._weights = head, weights
         if most_pages > self._width:
             self._resize(1 << (most_pages - 1).bit_length())
 
