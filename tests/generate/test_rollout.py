@@ -226,6 +226,15 @@ def test_weights_in_other_memory(model):
     assert second == run(model, asked)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    config = DecoderConfig("llama", 512, 192, 384, 2, 3, 1, 64, initializer_range=0.2, max_position_embeddings=512)
+    model = Decoder(config, precision="fp8")
+    asked = requests(3)
+    assert run(model.to("cuda:1"), asked) == run(model.to("cuda:0"), asked)
+
+
 def test_a_cache_given_back(model):
     engine = Rollout(model, RolloutOptions(pages=200, page_size=16, keep_cache=False))
     asked = requests(3)

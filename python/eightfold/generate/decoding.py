@@ -79,6 +79,8 @@ class DecodeStep:
         self._head: torch.Tensor | None = None
         self._weights: list[int] = []
         self._count, self._launches, self._changed = 0, 0, False
+        # The current device may be another than the model's.
+        self._stream = torch.cuda.Stream(model.device) if graphs else None
         # Two of each: the host writes and reads one while the device uses the other.
         self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
         self._resize(1)
@@ -147,7 +149,7 @@ class DecodeStep:
         done = None
         if self._pinned:
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self._model.device))
         return Drawn(*host, done)
 
     def _advance(self, rows: int) -> None:
@@ -176,7 +178,7 @@ class DecodeStep:
             before = [kept.clone() for kept in state]
             self._advance(rows)  # what a first call makes must not be made while capturing
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._advance(rows)
             for kept, value in zip(state, before, strict=True):  # the first call's keys are written again, the same
                 kept.copy_(value)
