@@ -235,6 +235,22 @@ def test_a_device_that_is_not_the_current_one():
     assert run(model.to("cuda:1"), asked) == run(model.to("cuda:0"), asked)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_kernels_on_the_heels_of_each_other(model_type, bare_memory):
+    """With nothing between them kernels start before those ahead have ended; here q, k and v are one product."""
+    config = DecoderConfig(model_type, 512, 512, 1024, 3, 4, 2, 128, initializer_range=0.1)
+    model = Decoder(config, precision="fp8").cuda()
+    # Some sequences are of several chunks of 512 keys; three rows leave one of four blank.
+    asked = [Request([3] * tokens, 40, WARM, seed=tokens) for tokens in (1500, 1, 600)]
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    expected = run(model, asked, cuda_graphs=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    for graphs in (True, False):
+        for turn in range(3):
+            assert run(model, asked, pages=300, cuda_graphs=graphs) == expected, f"graphs: {graphs}, turn {turn}"
+
+
 def test_a_cache_given_back(model):
     engine = Rollout(model, RolloutOptions(pages=200, page_size=16, keep_cache=False))
     asked = requests(3)
