@@ -32,3 +32,11 @@ def poisoned_memory():
     """torch.empty returns NaN-filled memory, so that an element a kernel forgot to write cannot look right."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+@pytest.fixture
+def bare_memory():
+    """torch.empty launches nothing, so that kernels follow each other on the device as they do outside of tests."""
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = True

@@ -215,6 +215,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
     const int64_t size = args.page_size;
     EF_CHECK(size % 128 == 0 || 128 % size == 0, op, ": k_pages must have pages of 16, 32, 64 or a multiple of 128 keys on CUDA, got ",
              size);
+    EF_CHECK(args.tokens == 0 || (args.most_pages > 0 && args.page_count > 0), op, ": pages and k_pages must not be empty, got shapes ",
+             shape_of(pages), " and ", shape_of(k_pages));
     OnDeviceOf device(q);
     const Tensor workspace = empty({paged_attention_workspace_sm90(args)}, ScalarType::Byte, q);
     paged_attention_sm90(args, workspace.data_ptr(), current_stream(q));

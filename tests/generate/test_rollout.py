@@ -201,6 +201,58 @@ def test_a_second_call_reads_the_weights_where_the_first_did(model):
     assert second == run(model, asked)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_longer_sequences_in_a_later_call(model, precision):
+    """Their wider table of pages takes other graphs, after those of the calls before are gone."""
+    model = model.in_precision(precision)
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    for tokens in (5, 40, 200, 300):
+        asked = [Request([7] * tokens, 6, WARM, seed=1), Request([9] * 3, 6, WARM, seed=2)]
+        found = engine.generate(asked)
+        assert [len(c.tokens) for (c,) in found] == [6, 6]
+        assert precision == "bf16" or found == run(model, asked)  # products of bf16 are a vendor's
+
+
+def test_weights_in_other_memory(model):
+    """Graphs know addresses: other parameters, in new memory, take other graphs."""
+    engine = Rollout(model, RolloutOptions(pages=200, page_size=16))
+    asked = requests(3)
+    first = engine.generate(asked)
+    layer = model.model.layers[1]
+    for module in (model.model.norm, model.model.embed_tokens, layer.input_layernorm, layer.mlp.up_proj):
+        module.weight = torch.nn.Parameter(module.weight.detach() * 1.25)
+    engine._steps._captured[0] = None
+    second = engine.generate(asked)
+    assert second != first
+    assert 0 not in engine._steps._captured
+    assert second == run(model, asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="not two CUDA devices")
+def test_a_device_that_is_not_the_current_one():
+    config = DecoderConfig("llama", 512, 192, 384, 2, 3, 1, 64, initializer_range=0.2, max_position_embeddings=512)
+    model = Decoder(config, precision="fp8")
+    asked = requests(3)
+    assert run(model.to("cuda:1"), asked) == run(model.to("cuda:0"), asked)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_kernels_on_the_heels_of_each_other(model_type, bare_memory):
+    """With nothing between them kernels start before those ahead have ended; here q, k and v are one product."""
+    config = DecoderConfig(model_type, 512, 512, 1024, 3, 4, 2, 128, initializer_range=0.1)
+    model = Decoder(config, precision="fp8").cuda()
+    # Some sequences are of several chunks of 512 keys; three rows leave one of four blank.
+    asked = [Request([3] * tokens, 40, WARM, seed=tokens) for tokens in (1500, 1, 600)]
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    expected = run(model, asked, cuda_graphs=False)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    for graphs in (True, False):
+        for turn in range(3):
+            assert run(model, asked, pages=300, cuda_graphs=graphs) == expected, f"graphs: {graphs}, turn {turn}"
+
+
 def test_a_cache_given_back(model):
     engine = Rollout(model, RolloutOptions(pages=200, page_size=16, keep_cache=False))
     asked = requests(3)

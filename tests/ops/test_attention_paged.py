@@ -136,6 +136,10 @@ def test_what_cuda_refuses():
     q, *_, starts = packed([40], 4, 2, 64, torch.bfloat16, "cuda")
     with pytest.raises(RuntimeError, match="multiple of 128 keys on CUDA"):
         Cache([40], 2, 64, torch.bfloat16, "cuda", 48).attend(q, starts, [40])
+    cache = Cache([40], 2, 64, torch.bfloat16, "cuda", codes=True)
+    cache.pages = cache.pages[:, :0]
+    with pytest.raises(RuntimeError, match=r"must not be empty, got shapes \[1, 0\] and"):
+        cache.attend(q, starts, [40])
 
 
 @pytest.mark.parametrize("codes", [False, True])

@@ -42,7 +42,7 @@ def test_every_count_of_groups(device, steps):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("m", [1, 24, 64, 128])
-def test_kernels_that_start_early_wait_for_what_they_read(m):
+def test_kernels_that_start_early_wait_for_what_they_read(m, bare_memory):
     """Each product reads what the kernel before it wrote, in a graph and out of it."""
     n = k = 2048
     weights = [quant.quantize(torch.randn(n, k, device="cuda") / k**0.5, (128, 128)) for _ in range(4)]

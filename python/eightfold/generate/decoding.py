@@ -61,7 +61,7 @@ class Drawn:
 
 
 class DecodeStep:
-    """One decoder, one cache, at most `capacity` rows. Weights, head and cache stay at their addresses."""
+    """One decoder, one cache, at most `capacity` rows. Between calls of `prepare` weights stay at their addresses."""
 
     def __init__(self, model: Decoder, cache: PagedCache, capacity: int, graphs: bool):
         self._model, self._cache, self._graphs = model, cache, graphs
@@ -77,9 +77,10 @@ class DecodeStep:
         self._top_k, self._active = numbers(torch.int32), numbers(torch.int32)
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
         self._head: torch.Tensor | Codes | None = None
+        self._weights: list[int] = []
         self._count, self._launches, self._changed = 0, 0, False
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        # The current device may be another than the model's.
+        self._stream = torch.cuda.Stream(model.device) if graphs else None
         # Two of each: the host writes and reads one while the device uses the other.
         self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
         self._resize(1)
@@ -92,14 +93,21 @@ class DecodeStep:
         self._table = torch.zeros(self._capacity, width, dtype=torch.int32)
         self._sent = [self._host(torch.int32, width) for _ in range(2)]
         self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
-        self._captured.clear()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Lets the graphs go. Those to come share another pool: one whose graphs are all gone cannot be used again."""
+        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
 
     def prepare(self, head: torch.Tensor | Codes, most_pages: int) -> None:
         """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight, or its
         codes."""
-        if self._head is None or _addresses(self._head) != _addresses(head):
-            self._captured.clear()
-        self._head = head
+        read = (*(head if isinstance(head, tuple) else (head,)), *self._model.parameters())
+        weights = [weight.data_ptr() for weight in read]
+        if weights != self._weights:  # graphs read them where they were
+            self._forget()
+        self._head, self._weights = head, weights
         if most_pages > self._width:
             self._resize(1 << (most_pages - 1).bit_length())
 
@@ -143,7 +151,7 @@ class DecodeStep:
         done = None
         if self._pinned:
             done = torch.cuda.Event()
-            done.record()
+            done.record(torch.cuda.current_stream(self._model.device))
         return Drawn(*host, done)
 
     def _advance(self, rows: int) -> None:
@@ -172,16 +180,12 @@ class DecodeStep:
             before = [kept.clone() for kept in state]
             self._advance(rows)  # what a first call makes must not be made while capturing
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool):
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
                 self._advance(rows)
             for kept, value in zip(state, before, strict=True):  # the first call's keys are written again, the same
                 kept.copy_(value)
             self._captured[rows] = graph
         return self._captured[rows]
-
-
-def _addresses(head: torch.Tensor | Codes) -> list[int]:
-    return [part.data_ptr() for part in (head if isinstance(head, tuple) else (head,))]
 
 
 def bucket(rows: int) -> int:
