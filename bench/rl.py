@@ -1,7 +1,9 @@
 """A step of reinforcement learning of a Qwen3-8B-shaped model: rollout, training, handing the weights over; our unified
 FP8 flow beside our bf16, on the same prompts, one after the other.
 
-64 completions of 2,048 tokens after 512, each sequence once. Training in bf16 has its layers under torch.compile.
+64 completions of 2,048 tokens after 512, each sequence once. Training in bf16 has its layers under torch.compile. Each
+mode takes micro-batches as large as fit without computing layers again, or computes them again where one sequence does
+not fit.
 """
 
 import gc
@@ -10,16 +12,17 @@ import time
 import torch
 
 import eightfold.optim
-from eightfold.generate.requests import Request, RolloutOptions
+from eightfold.generate.requests import Completion, Request, RolloutOptions
 from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.decoder import Decoder
-from eightfold.train.rl.batches import Sample, pack, parts
+from eightfold.train.rl.batches import Sample, pack
 
 from .common import Bench
 from .decode import QWEN3_8B, SMALL, random_decoder
 
-SIZES, CPU_SIZES = (64, 512, 2048, 12288), (2, 8, 8, 16)  # sequences, prompt, completion, tokens of a micro-batch
+SIZES, CPU_SIZES = (64, 512, 2048), (2, 8, 8)  # sequences, tokens of a prompt and of a completion
+MICRO_BATCHES = ((4, False), (2, False), (1, False), (4, True))  # sequences, whether layers are computed again
 PAGE = 64
 
 
@@ -33,13 +36,13 @@ def run(bench: Bench) -> None:
         ("bf16", "bf16", False),
     ):
         torch.manual_seed(0)
-        model = random_decoder(config, bench.device, checkpoint_layers=True, fp8_head=narrow, fp8_cache=narrow)
+        model = random_decoder(config, bench.device, fp8_head=narrow, fp8_cache=narrow)
         found[name] = _times(model, precision, *sizes, bench.device)
         del model
         gc.collect()
         if cuda:
             torch.cuda.empty_cache()
-    sequences, prompt, completion, _ = sizes
+    sequences, prompt, completion = sizes
     shape = f"8B {sequences} x ({prompt} + {completion})" if cuda else "small"
     for part in ("rollout", "training", "whole step"):
         runs = {
@@ -53,11 +56,11 @@ def run(bench: Bench) -> None:
         print(f"  {name}: weights handed over in {times['hand_over']:.1f} ms; max |delta log p| {times['mismatch']}")
 
 
-def _times(model: Decoder, precision: str, sequences: int, prompt: int, completion: int, tokens: int, device) -> dict:
+def _times(model: Decoder, precision: str, sequences: int, prompt: int, completion: int, device) -> dict:
     """Milliseconds of each part, of the second of two steps; the first captures and compiles."""
     trained = policy = model
     if precision == "bf16":
-        trained = policy = model.in_precision("bf16")
+        trained, policy = model.in_precision("bf16"), model.in_precision("bf16")
         for layer in trained.model.layers:
             layer.compile()
     optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-6)
@@ -65,17 +68,19 @@ def _times(model: Decoder, precision: str, sequences: int, prompt: int, completi
     engine = Rollout(policy, RolloutOptions(pages, PAGE, sequences, keep_cache=False))
     if precision == "fp8":
         trained.compute.codes = engine.kept.codes
-    generator = torch.Generator().manual_seed(1)
+    generator, micro_batch = torch.Generator().manual_seed(1), 1
     for drawn in (min(64, completion), completion):
         ids = torch.randint(model.config.vocab_size, (sequences, prompt), generator=generator).tolist()
         asked = [Request(row, drawn, SamplingOptions(1.0), seed=i) for i, row in enumerate(ids)]
         begin = _clock(device)
         groups = engine.generate(asked)
         rolled = _clock(device)
-        mismatch = _train(trained, optimizer, asked, groups, tokens, device)
+        mismatch = _train(trained, optimizer, asked, groups, micro_batch, device)
         updated = _clock(device)
         engine.kept.refresh()
         ended = _clock(device)
+        if drawn < completion or device.type == "cpu":  # now the optimizer's states are there
+            micro_batch = _fitting(trained, prompt, completion, device)
     whole = sequences * (prompt + completion)
     return {
         "rollout": 1e3 * (rolled - begin),
@@ -88,7 +93,25 @@ def _times(model: Decoder, precision: str, sequences: int, prompt: int, completi
     }
 
 
-def _train(model: Decoder, optimizer, asked, groups, tokens: int, device) -> float:
+def _fitting(model: Decoder, prompt: int, completion: int, device) -> int:
+    """Sequences of the largest micro-batch that fits; tells the model whether to compute layers again."""
+    drawn = Completion([1] * completion, [0.0] * completion, "length")
+    for count, model.checkpoint_layers in MICRO_BATCHES:
+        try:
+            for _ in range(2):
+                pack([Sample([1] * prompt, drawn, 1.0, 0.0)] * count, device).log_probs(model).sum().backward()
+            return count
+        except torch.OutOfMemoryError:
+            pass
+        finally:
+            model.zero_grad(set_to_none=True)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    raise SystemExit("rl: no micro-batch fits")
+
+
+def _train(model: Decoder, optimizer, asked, groups, micro_batch: int, device) -> float:
     """One update; max |delta log p| of rollout and training."""
     samples = [
         Sample(request.prompt, completion, 1.0, (-1.0) ** i)
@@ -97,8 +120,8 @@ def _train(model: Decoder, optimizer, asked, groups, tokens: int, device) -> flo
     ]
     drawn = sum(len(sample.completion.tokens) for sample in samples)
     worst = torch.zeros((), device=device)
-    for part in parts(samples, tokens):
-        packed = pack(part, device)
+    for first in range(0, len(samples), micro_batch):
+        packed = pack(samples[first : first + micro_batch], device)
         found = packed.log_probs(model)
         worst = torch.maximum(worst, (found.detach() - packed.batch.rollout_logp).abs().max())
         (-(found * packed.batch.spread(packed.batch.advantages)).sum() / drawn).backward()
