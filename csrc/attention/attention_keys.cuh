@@ -31,7 +31,7 @@ struct PagedKeys {
   // The page of a key of a sequence; page_count, of which all is read as zeros, for one that the sequence does not have.
   __device__ __forceinline__ int32_t page(int32_t sequence, int32_t key) const {
     const int32_t index = key / page_size;
-    const int32_t page = index < most_pages ? __ldg(pages + static_cast<int64_t>(sequence) * most_pages + index) : page_count;
+    const int32_t page = index < most_pages ? __ldcg(pages + static_cast<int64_t>(sequence) * most_pages + index) : page_count;
     return page < 0 || page > page_count ? page_count : page;
   }
 

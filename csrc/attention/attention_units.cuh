@@ -42,9 +42,9 @@ struct Sequence {
   int32_t row, queries, keys, chunks;
 
   __device__ __forceinline__ Sequence(const PagedArgs& args, int32_t index) {
-    row = __ldg(args.starts + index);
-    queries = __ldg(args.starts + index + 1) - row;
-    keys = __ldg(args.keys.lengths + index);
+    row = __ldcg(args.starts + index);
+    queries = __ldcg(args.starts + index + 1) - row;
+    keys = __ldcg(args.keys.lengths + index);
     chunks = queries > 0 ? chunks_of(args, keys) : 0;
   }
   static __device__ __forceinline__ int32_t chunks_of(const PagedArgs& args, int32_t keys) {

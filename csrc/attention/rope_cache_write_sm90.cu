@@ -60,10 +60,10 @@ __global__ void __launch_bounds__(kThreads) rope_cache_write_kernel(const RopeCa
   const int64_t table = static_cast<int64_t>(token) * 8 * half + 8 * (lane < half ? lane : lane - half);
 
   wait_for_earlier_kernels();
-  const int64_t slot = token < store.tokens && !query ? __ldg(store.slots + token) : -1;
-  Octet<T> x = load_octet<true>(static_cast<const T*>(rows.data) + from, mine ? 8 : 0);
+  const int64_t slot = token < store.tokens && !query ? __ldcg(store.slots + token) : -1;
+  Octet<T> x = load_octet<true, true>(static_cast<const T*>(rows.data) + from, mine ? 8 : 0);
   const int turning = mine && !value ? 8 : 0;
-  const Octet<float> cos = load_octet<true>(op.cos + table, turning), sin = load_octet<true>(op.sin + table, turning);
+  const Octet<float> cos = load_octet<true, true>(op.cos + table, turning), sin = load_octet<true, true>(op.sin + table, turning);
   float weight[8];
   if (kNorm) quant::load_weights<true>(query ? op.q_weight : op.k_weight, op.weight_dtype == DType::bf16, 8 * lane, turning, weight);
   let_next_kernel_start();  // no load is moved behind this

@@ -27,7 +27,8 @@ inline cudaLaunchAttribute early_start() {
 }
 
 // A kernel of so few rows is over about when the next has been launched: what it costs is its launch. So it starts early and lets the next
-// one start at once, which asks for its weights meanwhile.
+// one start at once, which asks for its weights meanwhile. What kernels that are so early make is read past the L1 cache (__ldcg): a line
+// there may be older than a kernel that still ran when the reader began.
 constexpr int64_t kFewRows = 1024;
 
 __device__ __forceinline__ void begin_rows(int64_t rows) {

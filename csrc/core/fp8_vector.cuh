@@ -116,7 +116,8 @@ __device__ __forceinline__ int octet_count(int64_t row, int64_t col, int64_t row
 }
 
 // Loads eight elements of which the first `count` exist; the rest are zero. kVector: the address is a multiple of 16 bytes and
-// all eight exist or none (count <= 0). kShared: another block of the same launch may have written them.
+// all eight exist or none (count <= 0). kShared: a block of this launch may have written them, or a kernel that still ran when this one
+// began.
 template <bool kVector, bool kShared = false, class T>
 __device__ __forceinline__ Octet<T> load_octet(const T* at, int count) {
   Octet<T> octet{};
@@ -247,15 +248,17 @@ __device__ __forceinline__ void store_codes8(uint8_t* at, uint2 codes, int count
     if (j < count) at[j] = static_cast<uint8_t>((j < 4 ? codes.x : codes.y) >> (j % 4 * 8));
 }
 
-template <bool kVector>
+// Eight codes, of which the first `count` exist; kShared as for load_octet.
+template <bool kVector, bool kShared = false>
 __device__ __forceinline__ uint2 load_codes8(const uint8_t* at, int count) {
   uint2 codes = make_uint2(0, 0);
   if constexpr (kVector) {
-    if (count > 0) codes = __ldg(reinterpret_cast<const uint2*>(at));
+    const auto* octet = reinterpret_cast<const uint2*>(at);
+    if (count > 0) codes = kShared ? __ldcg(octet) : __ldg(octet);
   } else {
 #pragma unroll
     for (int j = 0; j < 8; ++j)
-      if (j < count) (j < 4 ? codes.x : codes.y) |= static_cast<uint32_t>(__ldg(at + j)) << (j % 4 * 8);
+      if (j < count) (j < 4 ? codes.x : codes.y) |= static_cast<uint32_t>(kShared ? __ldcg(at + j) : __ldg(at + j)) << (j % 4 * 8);
   }
   return codes;
 }

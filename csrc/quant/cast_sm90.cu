@@ -24,7 +24,7 @@ struct TensorSource {
 
   template <bool kVector, bool kFull>
   __device__ __forceinline__ Octet<T> load(int64_t row, int64_t col) const {
-    return load_octet<kVector>(data + row * ld + col, kFull ? 8 : octet_count(row, col, rows, cols));
+    return load_octet<kVector, true>(data + row * ld + col, kFull ? 8 : octet_count(row, col, rows, cols));
   }
 };
 
@@ -50,8 +50,8 @@ struct CodesSource {
   template <bool kVector, bool kFull>
   __device__ __forceinline__ Octet<ScaledCodes> load(int64_t row, int64_t col) const {
     const int count = kFull ? 8 : octet_count(row, col, rows, cols);
-    const uint2 octet = load_codes8<kVector>(codes + row * ld + col, count);
-    return {{octet.x, octet.y, count ? __float_as_uint(__ldg(scales + row + col / 128 * scale_ld)) : 0}};
+    const uint2 octet = load_codes8<kVector, true>(codes + row * ld + col, count);
+    return {{octet.x, octet.y, count ? __float_as_uint(__ldcg(scales + row + col / 128 * scale_ld)) : 0}};
   }
 };
 

@@ -27,9 +27,9 @@ struct NormedCodes {
   template <bool kVector, bool kFull>
   __device__ __forceinline__ Octet<T> load(int64_t row, int64_t col) const {
     const int count = kFull ? 8 : octet_count(row, col, rows, cols);
-    const uint2 codes = load_codes8<kVector>(x.codes + row * x.ld + col, count);
+    const uint2 codes = load_codes8<kVector, true>(x.codes + row * x.ld + col, count);
     float scale = 0.0f, inverse = 0.0f, w[8], v[8];
-    if (count > 0) scale = __ldg(x.scales + row + col / kTile * x.scale_ld), inverse = __ldg(rstd + row);
+    if (count > 0) scale = __ldcg(x.scales + row + col / kTile * x.scale_ld), inverse = __ldcg(rstd + row);
     load_weights<kVector>(weight, weight_bf16, col, kFull ? 8 : octet_count(0, col, 1, cols), w);
     decode4(codes.x, v);
     decode4(codes.y, v + 4);

@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, 
     const T* at = x + col_of(quad);
     const int left = cols - col_of(quad);
 #pragma unroll
-    for (int k = 0; k < 4; ++k) s[quad][k] = load_octet<kVector>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
+    for (int k = 0; k < 4; ++k) s[quad][k] = load_octet<kVector, true>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
   }
   if (kResidual) {
     const T* residual = static_cast<const T*>(op.residual) + row * op.cols;
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, 
       const T* at = residual + col_of(quad);
       const int left = cols - col_of(quad);
 #pragma unroll
-      for (int k = 0; k < 4; ++k) other[quad][k] = load_octet<kVector>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
+      for (int k = 0; k < 4; ++k) other[quad][k] = load_octet<kVector, true>(at + k * kSliceCols, min(left - k * kSliceCols, 8));
     }
 #pragma unroll
     for (int quad = 0; quad < kQuads; ++quad) {

@@ -25,8 +25,8 @@ __global__ void __launch_bounds__(32 * kRows) swiglu_kernel(const SwigluForward 
   for (int i = 0; i < kSteps; ++i) {
     const int64_t col = first + i * 256;
     const int count = octet_count(row, col, op.rows, op.cols);
-    gate[i] = load_octet<kVector>(static_cast<const T*>(op.gate) + row * op.gate_ld + col, count);
-    up[i] = load_octet<kVector>(static_cast<const T*>(op.up) + row * op.up_ld + col, count);
+    gate[i] = load_octet<kVector, true>(static_cast<const T*>(op.gate) + row * op.gate_ld + col, count);
+    up[i] = load_octet<kVector, true>(static_cast<const T*>(op.up) + row * op.up_ld + col, count);
   }
 #pragma unroll
   for (int i = 0; i < kSteps; ++i) {
