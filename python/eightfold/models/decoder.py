@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from eightfold.models.attention import KVCache, Packed, Paged, Whole, attention_bias, document_segments
+from eightfold.models.attention import (
+    KVCache,
+    Packed,
+    Paged,
+    Whole,
+    attention_bias,
+    block_diffusion_bias,
+    document_segments,
+)
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
@@ -187,6 +195,45 @@ class Decoder(nn.Module):
         hidden = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
         total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens)
         return total / count.clamp(min=1) if reduction == "mean" else total
+
+    def denoising_loss(
+        self,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        clean: torch.Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Sum over i of weights[i] times the negative log likelihood of labels[i] in row rows[i] of ids [B, T], of
+        which some are masked: fp32 scalar in nats. rows and labels int64 [N], weights fp32 [N]; rows count through
+        ids.flatten(). Logits are never kept, and none are made of other rows. The backward can run once.
+
+        With `clean`, the tokens [B, T] before they were masked, ids attend to them as block diffusion does
+        (`models.attention.block_diffusion_bias`; blocks of `config.attention_block`), and rows count through
+        [ids, clean] [B, 2 T], flattened.
+        """
+        if not rows.shape == labels.shape == weights.shape:
+            shapes = [tuple(x.shape) for x in (rows, labels, weights)]
+            raise ValueError(f"rows, labels, weights: expected one shape [N], got {shapes}")
+        if clean is None:
+            hidden = self.hidden(ids, document_ids=document_ids)
+        else:
+            hidden = self._block_diffusion_hidden(ids, document_ids, clean)
+        return token_loss(hidden.flatten(0, 1)[rows], self.lm_head.weight, labels, chunk_tokens, weights)[0]
+
+    def _block_diffusion_hidden(self, ids, document_ids, clean) -> torch.Tensor:
+        self._check(ids, None, document_ids, None)
+        if clean.shape != ids.shape or clean.dtype != ids.dtype:
+            raise ValueError(f"clean: expected {ids.dtype} {tuple(ids.shape)}, got {clean.dtype} {tuple(clean.shape)}")
+        if self.config.attention_block < 1:
+            raise ValueError("clean: expected a model of blocks, got attention_block 0")
+        index, segments = torch.arange(ids.shape[1], device=ids.device)[None], None
+        if document_ids is not None:
+            index, segments = document_segments(document_ids)
+        bias = block_diffusion_bias(index, segments, self.config.attention_block, self._bias_dtype)
+        return self._layers(torch.cat([ids, clean], dim=1), torch.cat([index, index], dim=1), Whole(bias, None))
 
     def token_log_probs(
         self,
