@@ -176,16 +176,16 @@ class Whole:
 class Packed:
     """Attends sequences that lie one behind the other in a batch of one: rows starts[s] to starts[s + 1] are one.
 
-    starts int32 [sequences + 1] on the device; longest: no sequence is longer; causal: else all of a sequence is seen.
+    starts int32 [sequences + 1] on the device; longest: no sequence is longer; block: DecoderConfig.attention_block.
     """
 
-    def __init__(self, starts: torch.Tensor, longest: int, causal: bool = True):
-        self.starts, self.longest, self.causal = starts, longest, causal
+    def __init__(self, starts: torch.Tensor, longest: int, block: int = 1):
+        self.starts, self.longest, self.block = starts, longest, block
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
-        out = attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest, causal=self.causal)
-        return out.flatten(1)[None]
+        mask = {"causal": self.block > 0, "block": max(self.block, 1)}
+        return attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest, **mask).flatten(1)[None]
 
 
 class PagedCache:

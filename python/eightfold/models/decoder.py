@@ -293,17 +293,12 @@ class Decoder(nn.Module):
         """`hidden` [tokens, hidden_size] of sequences one behind the other: ids [tokens], those of sequence s from
         starts[s] to starts[s + 1] (int32 [sequences + 1] on the same device), none longer than `longest`.
 
-        A token's bits depend on the tokens it sees alone: with causal attention, or that of whole sequences, they are
-        the same in any packing and in `rows_hidden`.
+        A token's bits depend on the tokens it sees alone: they are the same in any packing and in `rows_hidden`.
         """
         index = torch.arange(ids.shape[0], device=ids.device)
         sequence = torch.searchsorted(starts, index, right=True, out_int32=True) - 1
-        positions, block = index - starts[sequence], self.config.attention_block
-        if block > 1:
-            documents = positions[None], sequence[None]
-            bias = attention_bias(ids.shape[0], 0, documents, block, self._bias_dtype, ids.device)
-            return self.rows_hidden(ids, positions, Whole(bias, None))
-        return self.rows_hidden(ids, positions, Packed(starts, longest, causal=block == 1))
+        attend = Packed(starts, longest, self.config.attention_block)
+        return self.rows_hidden(ids, index - starts[sequence], attend)
 
     def rows_hidden(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         """`hidden` [tokens, hidden_size] of ids [tokens] at positions [tokens], whose queries find their keys by
