@@ -212,6 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--data", help="text file, folder, .jsonl file or saved dataset")
     train.add_argument("--output", help="folder for logs, the loss curve and checkpoints (default: run)")
     train.add_argument("--precision", help="fp8, bf16 or fp32")
+    train.add_argument("--objective", help="next-token (default), masked-diffusion or block-diffusion")
     train.add_argument("--steps", type=int, help="optimizer steps")
     train.set_defaults(run=_train)
 

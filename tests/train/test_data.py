@@ -50,6 +50,40 @@ def test_no_token_is_lost_or_doubled():
     assert targets == [token for token in range(10, 10 + sum(lengths)) if token not in firsts]
 
 
+def test_whole_documents_are_not_cut():
+    packed = pack(documents(3, 2, 4, 7), 5, whole=True)
+    assert packed.ids.tolist() == [[10, 11, 12, 13, 14], [15, 16, 17, 18, 0], [19, 20, 21, 22, 23]]
+    assert packed.document_ids.tolist() == [[0, 0, 0, 1, 1], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]]
+    assert packed.counts.tolist() == [[True] * 5, [True] * 4 + [False], [True] * 5]
+    assert packed.labels.tolist()[1] == [16, 17, 18, IGNORED, IGNORED]
+
+
+def test_counts_follow_the_tokens():
+    ids, counts = documents(7)[0]
+    counts[:3] = False
+    packed = pack([(ids, counts)], 4)
+    assert packed.ids.tolist() == [[10, 11, 12, 13], [14, 15, 16, 0]]
+    assert packed.counts.tolist() == [[False, False, False, True], [True, True, True, False]]
+
+
+def test_answers_are_filled_with_end_tokens(tmp_path, tokenizer):
+    (tmp_path / "a.jsonl").write_text('{"prompt": "1+1=", "answer": "2"}\n')
+    config = DataConfig(path=str(tmp_path / "a.jsonl"), fill_answers=4)
+    ids, counts = tokenize(read_documents(config)[0], tokenizer, config)
+    assert (tokenizer.decode(ids[:5]), ids[5:].tolist()) == ("1+1=2", [0, 0, 0])
+    assert counts.tolist() == [False] * 4 + [True] * 4
+    (tmp_path / "a.txt").write_text("text")  # has no answer
+    config = config.model_copy(update={"path": str(tmp_path / "a.txt")})
+    assert len(tokenize(read_documents(config)[0], tokenizer, config)[0]) == 5
+
+
+def test_whole_documents_need_isolation(tmp_path, tokenizer):
+    (tmp_path / "a.txt").write_text("text")
+    config = DataConfig(path=str(tmp_path / "a.txt"), whole_documents=True, isolate_documents=False)
+    with pytest.raises(ValueError, match=r"data\.whole_documents: needs data\.isolate_documents"):
+        Corpus.load(config, tokenizer, 0)
+
+
 def test_split_keeps_documents_whole():
     given = documents(*[10] * 40)
     train, held_out = split(given, 0.1, seed=3)
@@ -69,7 +103,7 @@ def test_split_of_one_document_holds_out_its_tail():
 
 def corpus(count=10, seed=0):
     ids = torch.arange(count * 2, dtype=torch.int32).view(count, 2)
-    return Corpus(Sequences(ids, ids, torch.zeros_like(ids)), None, seed)
+    return Corpus(Sequences(ids, ids, torch.zeros_like(ids), torch.ones_like(ids, dtype=torch.bool)), None, seed)
 
 
 def test_each_epoch_is_a_new_order_of_all_sequences():

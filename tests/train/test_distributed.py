@@ -63,6 +63,16 @@ def test_two_processes_equal_one(settings, tmp_path, precision):
         assert list(logged(tmp_path / output).values()) == pytest.approx(one.losses[3:], rel=TOLERANCE[precision])
 
 
+@pytest.mark.parametrize("objective", ["masked-diffusion", "block-diffusion"])
+def test_diffusion_in_two_processes(settings, tmp_path, objective):
+    """The noise of a step is that of one process."""
+    settings |= {"objective": objective, "diffusion": {"mask_token": 270, "block": 8}}
+    one = train(parse_config(settings | {"output": str(tmp_path / "one")}))
+    torchrun(tmp_path, settings)
+    assert list(logged(settings["output"]).values()) == pytest.approx(one.losses, rel=TOLERANCE["fp32"])
+    assert logged(settings["output"], "held_out_loss") == pytest.approx(one.held_out, rel=TOLERANCE["fp32"])
+
+
 def test_weights_saved_by_two_processes_are_those_of_one(settings, tmp_path):
     from safetensors.torch import load_file
 

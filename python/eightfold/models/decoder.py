@@ -1,4 +1,5 @@
-"""Llama, Qwen2 and Qwen3 decoders in one file. Parameter names are Hugging Face's, so state dicts interchange."""
+"""Llama, Qwen2, Qwen3, LLaDA and Dream decoders in one file. Parameter names are Hugging Face's of all but LLaDA, so
+state dicts interchange."""
 
 from __future__ import annotations
 
@@ -9,7 +10,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from eightfold.models.attention import KVCache, Packed, Paged, Whole, attention_bias, document_segments
+from eightfold.models.attention import (
+    KVCache,
+    Packed,
+    Paged,
+    Whole,
+    attention_bias,
+    block_diffusion_bias,
+    document_segments,
+)
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
@@ -99,7 +108,8 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A language model: causal, or a diffusion model that sees its whole sequence or whole blocks
+    (`config.attention_block`).
 
     `precision` says how linears, norms and SwiGLU compute and what they save for the backward: "fp32", "bf16", or "fp8"
     (FP8 products; inputs of linears, norms and SwiGLU saved in FP8). Parameters keep the dtype they are given (fp32
@@ -163,7 +173,8 @@ class Decoder(nn.Module):
 
         `positions` [B, T] default to 0..T-1 after what the cache holds. With `document_ids` [B, T] a token attends only
         to its own run of equal ids, and positions restart with each run. With `cache` the tokens follow the cached ones
-        and are appended. Raises ValueError naming the argument.
+        and are appended; those see no later ones, whatever `config.attention_block`. Raises ValueError naming the
+        argument.
         """
         hidden = self.hidden(ids, positions, document_ids, cache)
         return self.compute.head(hidden[:, -1:] if last_only else hidden, self.lm_head)
@@ -187,8 +198,49 @@ class Decoder(nn.Module):
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
         hidden = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
-        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens, self._head_codes())
+        codes = self._head_codes()
+        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens, codes=codes)
         return total / count.clamp(min=1) if reduction == "mean" else total
+
+    def denoising_loss(
+        self,
+        ids: torch.Tensor,
+        rows: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        document_ids: torch.Tensor | None = None,
+        clean: torch.Tensor | None = None,
+        chunk_tokens: int | None = None,
+    ) -> torch.Tensor:
+        """Sum over i of weights[i] times the negative log likelihood of labels[i] in row rows[i] of ids [B, T], of
+        which some are masked: fp32 scalar in nats. rows and labels int64 [N], weights fp32 [N]; rows count through
+        ids.flatten(). Logits are never kept, and none are made of other rows. The backward can run once.
+
+        With `clean`, the tokens [B, T] before they were masked, ids attend to them as block diffusion does
+        (`models.attention.block_diffusion_bias`; blocks of `config.attention_block`), and rows count through
+        [ids, clean] [B, 2 T], flattened.
+        """
+        if not rows.shape == labels.shape == weights.shape:
+            shapes = [tuple(x.shape) for x in (rows, labels, weights)]
+            raise ValueError(f"rows, labels, weights: expected one shape [N], got {shapes}")
+        if clean is None:
+            hidden = self.hidden(ids, document_ids=document_ids)
+        else:
+            hidden = self._block_diffusion_hidden(ids, document_ids, clean)
+        chosen, codes = hidden.flatten(0, 1)[rows], self._head_codes()
+        return token_loss(chosen, self.lm_head.weight, labels, chunk_tokens, weights, codes)[0]
+
+    def _block_diffusion_hidden(self, ids, document_ids, clean) -> torch.Tensor:
+        self._check(ids, None, document_ids, None)
+        if clean.shape != ids.shape or clean.dtype != ids.dtype:
+            raise ValueError(f"clean: expected {ids.dtype} {tuple(ids.shape)}, got {clean.dtype} {tuple(clean.shape)}")
+        if self.config.attention_block < 1:
+            raise ValueError("clean: expected a model of blocks, got attention_block 0")
+        index, segments = torch.arange(ids.shape[1], device=ids.device)[None], None
+        if document_ids is not None:
+            index, segments = document_segments(document_ids)
+        bias = block_diffusion_bias(index, segments, self.config.attention_block, self._bias_dtype)
+        return self._layers(torch.cat([ids, clean], dim=1), torch.cat([index, index], dim=1), Whole(bias, None))
 
     def token_log_probs(
         self,
@@ -238,15 +290,14 @@ class Decoder(nn.Module):
         """What the head reads: the final norm's output [B, T, hidden_size], in the compute dtype. See `forward`."""
         self._check(ids, positions, document_ids, cache)
         tokens, past = ids.shape[1], 0 if cache is None else cache.length
-        segments = None
-        if document_ids is not None:
-            restarted, segments = document_segments(document_ids)
-            positions = restarted if positions is None else positions
+        documents = None if document_ids is None else document_segments(document_ids)
+        if positions is None and documents is not None:
+            positions = documents[0]
         if positions is None:
             positions = torch.arange(past, past + tokens, device=ids.device)[None]
-        bias_dtype = torch.float32 if ids.device.type == "cpu" else self.compute.dtype
-        bias = attention_bias(tokens, past, segments, bias_dtype, ids.device)
-        hidden = self._layers(ids, positions, Whole(bias, cache))
+        block = self.config.attention_block
+        bias = attention_bias(tokens, past, documents, block, self._bias_dtype, ids.device)
+        hidden = self._layers(ids, positions, Whole(bias, cache, causal=block > 0))
         if cache is not None:
             cache.length += tokens
         return hidden
@@ -255,11 +306,12 @@ class Decoder(nn.Module):
         """`hidden` [tokens, hidden_size] of sequences one behind the other: ids [tokens], those of sequence s from
         starts[s] to starts[s + 1] (int32 [sequences + 1] on the same device), none longer than `longest`.
 
-        A token's bits depend on the tokens before it alone: they are the same in any packing and in `rows_hidden`.
+        A token's bits depend on the tokens it sees alone: they are the same in any packing and in `rows_hidden`.
         """
         index = torch.arange(ids.shape[0], device=ids.device)
         sequence = torch.searchsorted(starts, index, right=True, out_int32=True) - 1
-        return self.rows_hidden(ids, index - starts[sequence], Packed(starts, longest))
+        attend = Packed(starts, longest, self.config.attention_block)
+        return self.rows_hidden(ids, index - starts[sequence], attend)
 
     def rows_hidden(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         """`hidden` [tokens, hidden_size] of ids [tokens] at positions [tokens], whose queries find their keys by
@@ -267,6 +319,10 @@ class Decoder(nn.Module):
         if ids.numel() == 0:
             return torch.zeros(0, self.config.hidden_size, dtype=self.compute.dtype, device=ids.device)
         return self._layers(ids[None], positions[None], attend)[0]
+
+    @property
+    def _bias_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else self.compute.dtype
 
     def _layers(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         if self._frequency.device != ids.device:

@@ -67,11 +67,12 @@ def logits(hidden: torch.Tensor, weight: torch.Tensor, codes: Codes | None = Non
 
 
 class _TokenLoss(torch.autograd.Function):
-    """Sum of -log softmax(hidden W^T)[label]. The gradients are made chunk by chunk in the forward pass, while the
-    chunk's logits are at hand: three products with W, not four, and only the gradients outlive a chunk."""
+    """Sum of -log softmax(hidden W^T)[label], each times its weight. The gradients are made chunk by chunk in the
+    forward pass, while the chunk's logits are at hand: three products with W, not four, and only the gradients outlive
+    a chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, codes):
+    def forward(ctx, hidden, weight, labels, weights, chunk, codes):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = _operand(weight, hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -83,11 +84,13 @@ class _TokenLoss(torch.autograd.Function):
             training = need_hidden or need_weight
             found = _matmul(h, w.t()) if codes is None else _fp8_logits(hidden[part], codes)
             losses, error = ops.cross_entropy(found, labels[part], training, hidden.dtype)
-            total += losses.sum()
+            total += losses.sum() if weights is None else (losses * weights[part]).sum()
             if training:
                 error = _operand(error, hidden.dtype)
             if need_hidden:
-                d_hidden[part] = error @ w
+                d_hidden[part] = error @ w if weights is None else _matmul(error, w) * weights[part, None]
+            if need_weight and weights is not None:  # a row of the product's narrow operand, not of its wide one
+                h = _operand(h.float() * weights[part, None], hidden.dtype)
             if need_weight:
                 _accumulate(d_weight, error.t(), h)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -105,7 +108,7 @@ class _TokenLoss(torch.autograd.Function):
             d_hidden.mul_(grad)
         if d_weight is not None:
             d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None
+        return d_hidden, d_weight, None, None, None, None
 
 
 def token_loss(
@@ -113,14 +116,17 @@ def token_loss(
     weight: torch.Tensor,
     labels: torch.Tensor,
     chunk_tokens: int | None = None,
+    weights: torch.Tensor | None = None,
     codes: Codes | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Summed negative log likelihood (fp32 scalar) of labels [N] given hidden [N, H] and head weight [V, H], and the
-    number of labels that count (int64 scalar; -100 does not). Logits exist for `chunk_tokens` tokens at a time."""
+    """Summed negative log likelihood (fp32 scalar) of labels [N] given hidden [N, H] and head weight [V, H], each times
+    its own of `weights` (fp32 [N]) if given, and the number of labels that count (int64 scalar; -100 does not). Logits
+    exist for `chunk_tokens` tokens at a time."""
     if chunk_tokens is None:
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
     labels = labels.to(torch.int64).contiguous()
-    return _TokenLoss.apply(hidden, weight, labels, chunk_tokens, codes), (labels != IGNORE).sum()
+    counted = (labels != IGNORE).sum()
+    return _TokenLoss.apply(hidden, weight, labels, weights, chunk_tokens, codes), counted
 
 
 def row_logits(hidden: torch.Tensor, head: torch.Tensor | Codes) -> torch.Tensor:

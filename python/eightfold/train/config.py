@@ -59,7 +59,13 @@ class DataConfig(Section):
     completion_field: str | None = Field(None, description="default: the first of completion, answer that is present")
     template: Literal["plain", "chat"] = Field("plain", description="how a prompt and its completion become one text")
     train_on_prompt: bool = Field(False, description="whether prompt tokens count in the loss")
+    fill_answers: PositiveInt | None = Field(
+        None, description="answers are filled up with end tokens, which count, to a multiple of so many tokens"
+    )
     sequence_length: PositiveInt = Field(512, description="tokens")
+    whole_documents: bool = Field(
+        False, description="cut no document at a sequence's end: what is left of the sequence stays empty"
+    )
     isolate_documents: bool = Field(
         True, description="attention stays inside a document; without, sequences cost less (no mask)"
     )
@@ -81,6 +87,23 @@ class OptimizerConfig(Section):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate of the cosine / lr")
 
 
+class DiffusionConfig(Section):
+    """What a token loses and what counts, for the two diffusion objectives (eightfold.train.diffusion)."""
+
+    mask_token: str | int | None = Field(
+        None, description="token (or its id) that stands for one not known yet; default: the model's own"
+    )
+    shifted: bool | None = Field(
+        None, description="row i predicts token i + 1; default: what the model does, true for next-token weights"
+    )
+    block: PositiveInt = Field(32, description="tokens of a block, of block-diffusion")
+    least_probability: float = Field(1e-3, gt=0, le=1, description="of a token to be masked")
+    stratified: bool = Field(True, description="spread the noise levels of a step evenly, else draw each by itself")
+    average: Literal["tokens", "answers"] = Field(
+        "tokens", description="each token counts the same (pre-training), or each answer (fine-tuning)"
+    )
+
+
 class TrainConfig(Section):
     """One run. ``batch_size`` counts sequences of one optimizer step over all processes; gradients accumulate over
     ``batch_size / (micro_batch_size * processes)`` forward passes."""
@@ -88,6 +111,8 @@ class TrainConfig(Section):
     model: ModelConfig
     data: DataConfig
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    objective: Literal["next-token", "masked-diffusion", "block-diffusion"] = "next-token"
+    diffusion: DiffusionConfig = Field(default_factory=DiffusionConfig)
     output: str = Field("run", description="folder for logs, the curve and checkpoints")
     steps: PositiveInt = 100
     batch_size: PositiveInt = Field(8, description="sequences a step, over all processes")
@@ -111,6 +136,7 @@ SHORTHANDS = {
     "data": "data.path",
     "output": "output",
     "precision": "model.precision",
+    "objective": "objective",
     "steps": "steps",
     "resume": "resume",
 }

@@ -155,16 +155,20 @@ def tokenize(document: Document, tokenizer: Any, config: DataConfig) -> Tokens:
         if not whole.startswith(head):
             raise ValueError("data.template=chat: the chat template does not continue its own generation prompt")
         parts = [_encode(tokenizer, head), _encode(tokenizer, whole[len(head) :])]
-        return _counted(parts, config)
+        return _counted(parts, tokenizer, config)
     return _joined([_encode(tokenizer, document.prompt), _encode(tokenizer, document.text)], tokenizer, config)
 
 
 def _joined(parts: list[list[int]], tokenizer: Any, config: DataConfig) -> Tokens:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return _counted([parts[0], [*parts[1], *end]], config)
+    return _counted([parts[0], [*parts[1], *end]], tokenizer, config)
 
 
-def _counted(parts: list[list[int]], config: DataConfig) -> Tokens:
+def _counted(parts: list[list[int]], tokenizer: Any, config: DataConfig) -> Tokens:
+    if config.fill_answers and parts[0]:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("data.fill_answers: the model's tokenizer has no end token")
+        parts[1] += [tokenizer.eos_token_id] * (-len(parts[1]) % config.fill_answers)
     ids = np.array(parts[0] + parts[1], dtype=np.int32)
     counts = np.ones(len(ids), dtype=bool)
     if not config.train_on_prompt:
@@ -182,7 +186,8 @@ def tokens_of(documents: list[Document], tokenizer: Any, config: DataConfig) -> 
         return tokenize_all(documents, tokenizer, config)
     if not hasattr(tokenizer, "backend_tokenizer"):
         raise ValueError("data.cache: the model's tokenizer cannot be told from another (it is no fast tokenizer)")
-    digest = hashlib.sha256(repr((config.template, config.train_on_prompt, tokenizer.eos_token_id)).encode())
+    options = (config.template, config.train_on_prompt, config.fill_answers, tokenizer.eos_token_id)
+    digest = hashlib.sha256(repr(options).encode())
     digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for document in documents:
         for text in (document.prompt, document.text):
@@ -209,14 +214,23 @@ def _end_to_end(documents: list[Tokens], part: int) -> np.ndarray:
     return np.concatenate([document[part] for document in documents])
 
 
+def moved(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on ``device``; the host does not wait for a GPU to take it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
 @dataclass(frozen=True)
 class Sequences:
-    """Packed sequences, all [count, length]: ``ids``, ``labels`` (the next token, or -100) and ``document_ids`` (None
-    where attention is not to stay inside a document)."""
+    """Packed sequences, all [count, length]: ``ids``, ``labels`` (the next token, or -100), ``document_ids`` (None
+    where attention is not to stay inside a document) and ``counts`` (bool: whether the token itself is to be learned,
+    where -100 in ``labels`` is about the next)."""
 
     ids: Tensor
     labels: Tensor
     document_ids: Tensor | None
+    counts: Tensor
 
     def __len__(self) -> int:
         return self.ids.shape[0]
@@ -226,29 +240,24 @@ class Sequences:
 
         The host does not wait for a GPU to take them.
         """
-        rows, device = torch.tensor(indices), torch.device(device)
-
-        def moved(part: Tensor | None) -> Tensor | None:
-            if part is None:
-                return None
-            taken = part[rows]
-            if device.type == "cuda":
-                taken = taken.pin_memory().to(device, non_blocking=True)
-            return taken.to(device, torch.int64)
-
-        return moved(self.ids), moved(self.labels), moved(self.document_ids)
+        rows = torch.tensor(indices)
+        parts = (None if part is None else part[rows] for part in (self.ids, self.labels, self.document_ids))
+        return tuple(None if part is None else moved(part, device).to(torch.int64) for part in parts)
 
     def targets(self, indices: list[int]) -> int:
         """How many labels of these sequences count in the loss."""
         return int((self.labels[torch.tensor(indices)] != IGNORED).sum()) if indices else 0
 
 
-def pack(documents: list[Tokens], length: int, isolate: bool = True) -> Sequences:
+def pack(documents: list[Tokens], length: int, isolate: bool = True, whole: bool = False) -> Sequences:
     """Lays documents end to end and cuts sequences of ``length``; those without a single target are dropped.
 
-    The last sequence is filled with -100 labels when the stream ends inside it.
+    The last sequence is filled with -100 labels when the stream ends inside it; with ``whole`` so is each that a
+    document would not fit into any more, and of a document longer than ``length`` the beginning is kept.
     """
-    ids = np.concatenate([ids for ids, _ in documents])
+    if whole:
+        documents = list(_apart(documents, length))
+    ids = _end_to_end(documents, 0)
     labels = np.concatenate(
         [np.append(np.where(counts[1:], ids[1:], IGNORED), IGNORED) for ids, counts in documents]
     ).astype(np.int32)
@@ -259,9 +268,22 @@ def pack(documents: list[Tokens], length: int, isolate: bool = True) -> Sequence
     labels = np.pad(labels, (0, pad), constant_values=IGNORED).reshape(rows, length)
     document_ids = np.pad(document_ids, (0, pad), constant_values=len(documents)).reshape(rows, length)
     document_ids = document_ids - document_ids[:, :1]
+    counts = np.pad(_end_to_end(documents, 1), (0, pad)).reshape(rows, length)
     keep = (labels != IGNORED).any(axis=1)
-    kept = [torch.from_numpy(part[keep]) for part in (ids, labels, document_ids)]
-    return Sequences(*(kept if isolate else [*kept[:2], None]))
+    kept = [torch.from_numpy(part[keep]) for part in (ids, labels, document_ids, counts)]
+    return Sequences(*kept[:2], kept[2] if isolate else None, kept[3])
+
+
+def _apart(documents: list[Tokens], length: int) -> Iterator[Tokens]:
+    """The documents, none longer than ``length``, and between them what fills the sequences that they leave."""
+    used = 0
+    for ids, counts in documents:
+        ids, counts = ids[:length], counts[:length]
+        if len(ids) > length - used:
+            yield np.zeros(length - used, dtype=np.int32), np.zeros(length - used, dtype=bool)
+            used = 0
+        yield ids, counts
+        used = (used + len(ids)) % length
 
 
 def split(documents: list[Tokens], share: float, seed: int) -> tuple[list[Tokens], list[Tokens]]:
@@ -310,11 +332,13 @@ class Corpus:
         if not documents:
             raise ValueError(f"{config.path}: no document of at least two tokens")
         train, held_out = split(documents, config.held_out, seed)
-        length, isolate = config.sequence_length, config.isolate_documents
-        sequences = pack(train, length, isolate) if len(train[0][0]) else None
+        if config.whole_documents and not config.isolate_documents:
+            raise ValueError("data.whole_documents: needs data.isolate_documents, or empty places would be attended")
+        options = (config.sequence_length, config.isolate_documents, config.whole_documents)
+        sequences = pack(train, *options) if len(train[0][0]) else None
         if not sequences:
             raise ValueError(f"{config.path}: too little text to train on after holding out {config.held_out:.0%}")
-        return cls(sequences, pack(held_out, length, isolate) if held_out else None, seed)
+        return cls(sequences, pack(held_out, *options) if held_out else None, seed)
 
     def start(self) -> Cursor:
         """A cursor at the first sequence of the first epoch."""

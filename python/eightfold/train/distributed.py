@@ -105,7 +105,7 @@ def shard(model: nn.Module, world: World) -> None:
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    for method in ("loss", "token_log_probs"):
+    for method in ("loss", "token_log_probs", "denoising_loss"):
         register_fsdp_forward_method(model, method)
 
 

@@ -17,6 +17,7 @@ from eightfold.train.config import ModelConfig, OptimizerConfig, TrainConfig
 from eightfold.train.data import Corpus, Sequences
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
+from eightfold.train.objectives import Objective, make_objective
 from eightfold.train.report import RunLog, memory_bytes, plot_curves, read_log
 
 
@@ -75,14 +76,17 @@ def optimizer_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in local)
 
 
-def micro_batches(indices: list[int], size: int, world: World) -> list[list[int]]:
-    """This process's share of one global batch, in parts of ``size`` sequences."""
-    groups = [indices[begin : begin + size] for begin in range(0, len(indices), size)]
+def micro_batches(places: list[int], size: int, world: World) -> list[list[int]]:
+    """This process's share of the places of one global batch, in parts of ``size`` sequences."""
+    groups = [places[begin : begin + size] for begin in range(0, len(places), size)]
     return groups[world.rank :: world.size]
 
 
-def evaluate(model: nn.Module, sequences: Sequences, size: int, count: int, world: World) -> float:
+def evaluate(
+    objective: Objective, model: nn.Module, sequences: Sequences, size: int, count: int, world: World
+) -> float:
     """Mean loss on the first ``count`` sequences, the same for any number of processes (up to rounding)."""
+    batch = objective.batch(sequences, list(range(count)), None)
     groups = [list(range(begin, min(begin + size, count))) for begin in range(0, count, size)]
     total = 0.0
     model.eval()
@@ -90,10 +94,10 @@ def evaluate(model: nn.Module, sequences: Sequences, size: int, count: int, worl
         for begin in range(0, len(groups), world.size):
             # Every process makes the same number of passes, as sharded parameters ask for; a spare pass counts nothing.
             mine = begin + world.rank
-            loss = model.loss(*sequences.batch(groups[min(mine, len(groups) - 1)], world.device), reduction="sum")
+            loss = batch.loss(model, groups[min(mine, len(groups) - 1)], world.device)
             total += loss.item() if mine < len(groups) else 0.0
     model.train()
-    return world.sum([total])[0] / sequences.targets(list(range(count)))
+    return world.sum([total])[0] / batch.targets
 
 
 def train(config: TrainConfig, model: nn.Module | None = None, tokenizer: Any = None, name: str = "") -> Result:
@@ -141,6 +145,7 @@ class _Run:
     def __init__(self, config: TrainConfig, model: nn.Module, tokenizer: Any, world: World, name: str) -> None:
         self.config, self.model, self.tokenizer, self.world = config, model, tokenizer, world
         self.micro = _micro_batch_size(config, world)
+        self.objective = make_objective(config, model, tokenizer)
         self.corpus = Corpus.load(config.data, tokenizer, config.seed)
         self.cursor = self.corpus.start()
         distributed.shard(model, world)
@@ -205,13 +210,13 @@ class _Run:
         """Forward, backward and update of one global batch: this process's share of its loss, gradient norm, rate."""
         config, world = self.config, self.world
         indices = self.cursor.take(config.batch_size)
-        targets = self.corpus.train.targets(indices)
+        batch = self.objective.batch(self.corpus.train, indices, self.step)
         rate = learning_rate(config.optimizer, self.step, config.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         share = torch.zeros((), device=world.device)
-        for part in micro_batches(indices, self.micro, world):
-            loss = self.model.loss(*self.corpus.train.batch(part, world.device), reduction="sum") / targets
+        for part in micro_batches(list(range(len(indices))), self.micro, world):
+            loss = batch.loss(self.model, part, world.device) / batch.targets
             (loss * world.size).backward()  # FSDP averages gradients over the processes
             share += loss.detach()
         if hasattr(self.optimizer, "grad_norm"):  # eightfold's scales gradients as it reads them
@@ -250,7 +255,7 @@ class _Run:
         held_out = self.corpus.held_out
         if held_out:
             count = min(len(held_out), self.config.eval_sequences)
-            loss = evaluate(self.model, held_out, self.micro, count, self.world)
+            loss = evaluate(self.objective, self.model, held_out, self.micro, count, self.world)
             self.result.held_out[self.step] = loss
             self.log.write({"step": self.step, "held_out_loss": loss})
 

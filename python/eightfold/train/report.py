@@ -140,7 +140,7 @@ def plot_curves(
             gap = {step: loss - known[step] for step, loss in curve.items() if step in known}
             if gap:
                 lower[0].plot(*zip(*gap.items(), strict=True), color=f"C{number}", **style)
-    upper.set_ylabel("cross-entropy (nats per token)")
+    upper.set_ylabel("loss (nats per token)")
     upper.set_title(title)
     for axes in lower:
         axes.axhline(0, color="C0", linewidth=1)
