@@ -17,15 +17,15 @@
 // multiprocessor's share of the memory brings one in 38; the product turned over (keys as rows) would halve the 8, but needs maxima across
 // warps and weights through shared memory, and mma.sync feeds every operand through registers. Tiles of 64 keys, not 128: a share is 160
 // to 330 keys, and what follows its last key's arrival is part of every call. Two blocks to a multiprocessor (three over codes, which have
-// more to compute) hold a whole share's loads under way, 96 KB each, and one computes while the other waits. The fold goes through the
+// more to compute) have 96 KB of loads under way each (codes: 41), and one computes while the other waits. The fold goes through the
 // cluster, since a second kernel is 2 us and one block that folds all parts from L2 reads 128 KB alone. Clusters of 4 (128 blocks for 32
 // KV heads) fit beside each other whatever multiprocessors a part of the chip lacks, because two blocks fit on each. Several units of a
 // group read the same keys, from L2: 10.8 MB for 224 rows.
 //
 // Predicted, not measured, for 32 rows: 1 us to start and fetch queries, 0.8 until keys come, the floor, 0.5 for the last tile and 1 for
 // the fold (a fence of the cluster, 16 KB a block read from others): 10.5 us for 32 heads and 1,312 keys, 14.5 for 2,048; with 28:4 heads 5
-// us, where L2 gives the keys in 2. Over codes 8 and 10 us: 640 clocks of a multiprocessor make a tile of 64 keys wide, so three blocks
-// of 164 keys keep up with the memory, barely. A batch of 8: floor / 0.9.
+// us, where L2 gives the keys in 2. Over codes 7.5 and 9.5 us: a tile of 64 keys is 640 clocks of a multiprocessor to make wide and some
+// 400 of softmax, the memory brings one in 1,260. A batch of 8: the floor / 0.9.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
