@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads) kv_round_kernel(const KvRound op) {
   const bool mine = token < op.tokens && 8 * lane < op.dim;
   const auto* from = static_cast<const T*>(op.x.data) + token * op.x.token_stride + head * op.x.head_stride + 8 * lane;
   const Octet<T> x = load_octet<true>(from, mine ? 8 : 0);
-  const float scale = row_scale(x);
+  const float scale = scale_of_row(x);
   const uint2 codes = encode_octet(x, GroupDivider<T>::of(scale));
   const Octet<ScaledCodes> scaled{{codes.x, codes.y, __float_as_uint(scale)}};
   float values[8];

@@ -60,6 +60,11 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "k_scales, Tensor(d!)? v_scales, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
   m.def("kv_round(Tensor x) -> Tensor");
 
+  // block_attention: a block of rows over a cache that it is written to
+  m.def(
+      "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? "
+      "v_scales, Tensor at, Tensor lengths, float scale) -> Tensor");
+
   // loss
   m.def(
       "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16, Tensor? temperatures=None) "

@@ -20,9 +20,8 @@ __device__ __forceinline__ void cluster_meet() {
           : "memory");
 }
 
-// The same, and what each block's threads have written before can be read by the others' after: also for the last time before a block ends
-// whose shared memory others read.
-__device__ __forceinline__ void cluster_sync() {
+// The same where a thread then reads what threads of other blocks have written to their shared memory before: a fence of all memory.
+__device__ __forceinline__ void cluster_meet_to_read() {
   asm volatile(
       "barrier.cluster.arrive.release;\n"
       "barrier.cluster.wait.acquire;\n" ::
@@ -36,14 +35,21 @@ __device__ __forceinline__ uint32_t cluster_address(uint32_t shared, uint32_t ra
   return address;
 }
 
-// Eight bytes of block `rank` of the cluster, which there lie at `shared`, at a multiple of 8.
-__device__ __forceinline__ uint64_t cluster_load(const void* shared, uint32_t rank) {
-  uint64_t value;
-  asm volatile("ld.shared::cluster.b64 %0, [%1];"
-               : "=l"(value)
-               : "r"(cluster_address(static_cast<uint32_t>(__cvta_generic_to_shared(shared)), rank))
-               : "memory");
-  return value;
+// From shared memory at a cluster address.
+__device__ __forceinline__ float2 load_cluster_pair(uint32_t address) {
+  float2 v;
+  asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ uint64_t load_cluster_word(uint32_t address) {
+  uint64_t v;
+  asm volatile("ld.shared::cluster.b64 %0, [%1];" : "=l"(v) : "r"(address) : "memory");
+  return v;
+}
+__device__ __forceinline__ float4 load_cluster_floats(uint32_t address) {
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
+  return v;
 }
 
 // One arrival at the barrier at a cluster address. It orders the thread's earlier reads of shared memory before what waits for it;

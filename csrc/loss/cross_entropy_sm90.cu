@@ -8,9 +8,10 @@
 #include <cfloat>
 #include <stdexcept>
 
+#include "core/barrier.cuh"
 #include "core/cluster.cuh"
+#include "core/dependent_launch.cuh"
 #include "core/fp8_vector.cuh"
-#include "core/launch.cuh"
 #include "core/math.h"
 #include "loss/cross_entropy.h"
 
@@ -19,8 +20,8 @@ namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32;
 constexpr uint32_t kStep = kThreads * 8;
-constexpr uint32_t kParts = 8;     // step s of a row belongs to part s % kParts
-constexpr int64_t kFewRows = 128;  // that a cluster takes one by one: at one block a row they would not fill the device
+constexpr uint32_t kParts = 8;        // step s of a row belongs to part s % kParts
+constexpr int64_t kSharedRows = 128;  // that a cluster takes one by one: at one block a row they would not fill the device
 
 // sum of exp(x - max) over what was seen. The maximum starts at the lowest finite value, so that no difference is Inf - Inf.
 struct alignas(8) Running {
@@ -98,17 +99,17 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kerne
     for (uint32_t part = 1; part < kParts; ++part) mine.add(over_part<kVector>(logits, cols, part, cold));
   } else {
     of_thread[threadIdx.x] = mine;
-    cluster_sync();
+    cluster_meet_to_read();
 #pragma unroll
     for (uint32_t part = 0; part < kParts; ++part) {
-      const uint64_t bits = cluster_load(&of_thread[threadIdx.x], part);
-      const Running other{__uint_as_float(static_cast<uint32_t>(bits)), __uint_as_float(static_cast<uint32_t>(bits >> 32))};
+      const float2 pair = load_cluster_pair(cluster_address(shared_address(&of_thread[threadIdx.x]), part));
+      const Running other{pair.x, pair.y};
       if (part == 0)
         mine = other;
       else
         mine.add(other);
     }
-    cluster_sync();  // this block's are read
+    cluster_meet_to_read();  // this block's are read
   }
   mine = over_warp(mine);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
@@ -137,10 +138,10 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kerne
 template <class G, bool kVector>
 void launch(const CrossEntropy& op, cudaStream_t stream) {
   const char* name = "cross_entropy_kernel";
-  if (op.rows <= kFewRows && op.cols > kStep) {
-    launch_in_clusters(name, cross_entropy_kernel<G, kVector, kParts>, op.rows, kParts, kThreads, stream, op);
+  if (op.rows <= kSharedRows && op.cols > kStep) {
+    launch_clusters(false, kParts, name, cross_entropy_kernel<G, kVector, kParts>, op.rows * kParts, kThreads, 0, stream, op);
   } else {
-    launch_in_clusters(name, cross_entropy_kernel<G, kVector, 1>, op.rows, 1, kThreads, stream, op);
+    launch_kernel(false, name, cross_entropy_kernel<G, kVector, 1>, op.rows, kThreads, 0, stream, op);
   }
 }
 

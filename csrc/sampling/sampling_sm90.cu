@@ -5,16 +5,17 @@
 
 #include <stdexcept>
 
+#include "core/barrier.cuh"
 #include "core/cluster.cuh"
-#include "core/launch.cuh"
+#include "core/dependent_launch.cuh"
 #include "sampling/sampling.h"
 
 namespace eightfold {
 namespace {
 
 constexpr int kThreads = 1024, kWarps = kThreads / 32, kBins = 2048;
-constexpr int kTeam = 8;           // blocks that share a row where rows are few
-constexpr int64_t kFewRows = 128;  // at one block a row they would not fill the device
+constexpr int kTeam = 8;              // blocks that share a row where rows are few
+constexpr int64_t kSharedRows = 128;  // at one block a row they would not fill the device
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 
 struct Shared {
@@ -35,12 +36,17 @@ struct Team {
   __device__ __forceinline__ static uint32_t rank() { return kBlocks == 1 ? 0 : blockIdx.x % kBlocks; }
   __device__ __forceinline__ static uint32_t first_logit() { return (rank() * kThreads + threadIdx.x) * 4; }
 
+  // What lies there in a block of the team.
+  __device__ __forceinline__ static unsigned long long of_block(const unsigned long long* at, uint32_t block) {
+    return load_cluster_word(cluster_address(shared_address(at), block));
+  }
+
   // All threads have come here, and what they wrote before can be seen.
   __device__ __forceinline__ static void meet() {
     if constexpr (kBlocks == 1)
       __syncthreads();
     else
-      cluster_sync();
+      cluster_meet_to_read();
   }
 
   // Folds a value of each thread; every thread gets the result.
@@ -58,9 +64,9 @@ struct Team {
       unsigned long long* const slot = &shared.of_block[turn ^= 1];
       if (threadIdx.x == 0) *slot = mine;
       meet();
-      mine = cluster_load(slot, 0);
+      mine = of_block(slot, 0);
 #pragma unroll
-      for (int block = 1; block < kBlocks; ++block) mine = fold(mine, cluster_load(slot, block));
+      for (int block = 1; block < kBlocks; ++block) mine = fold(mine, of_block(slot, block));
     }
     return mine;
   }
@@ -76,13 +82,13 @@ struct Team {
     if constexpr (kBlocks == 1) return shared.bins[digit];
     unsigned long long all = 0;
 #pragma unroll
-    for (int block = 0; block < kBlocks; ++block) all += cluster_load(&shared.bins[digit], block);
+    for (int block = 0; block < kBlocks; ++block) all += of_block(&shared.bins[digit], block);
     return all;
   }
 
   // Before a block ends whose shared memory the others may still read.
   __device__ __forceinline__ static void leave() {
-    if constexpr (kBlocks > 1) cluster_sync();
+    if constexpr (kBlocks > 1) cluster_meet_to_read();
   }
 };
 
@@ -242,10 +248,10 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const Sample op) {
 template <bool kVector>
 void launch(const Sample& op, cudaStream_t stream) {
   const char* name = "sample_kernel";
-  if (op.rows <= kFewRows && op.vocabulary > kThreads * 4)
-    launch_in_clusters(name, sample_kernel<kVector, kTeam>, op.rows, kTeam, kThreads, stream, op);
+  if (op.rows <= kSharedRows && op.vocabulary > kThreads * 4)
+    launch_clusters(false, kTeam, name, sample_kernel<kVector, kTeam>, op.rows * kTeam, kThreads, 0, stream, op);
   else
-    launch_in_clusters(name, sample_kernel<kVector, 1>, op.rows, 1, kThreads, stream, op);
+    launch_kernel(false, name, sample_kernel<kVector, 1>, op.rows, kThreads, 0, stream, op);
 }
 
 }  // namespace
