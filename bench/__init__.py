@@ -11,6 +11,7 @@ FAMILIES = (
     "gemm_small",
     "loss",
     "sampling",
+    "confidence",
     "optim",
 )
 LONG = ("step", "decode", "rl")  # whole layers, steps and models, with compiles: minutes, so only by name
