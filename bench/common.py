@@ -263,7 +263,11 @@ def replayed(calls: list[Run]) -> Run:
     with torch.cuda.graph(graph, stream=stream):
         for call in calls:
             call()
-    return graph.replay
+
+    def replay(kept=calls):  # what the graph reads must outlive it
+        graph.replay()
+
+    return replay
 
 
 def compiled(function: Callable, *inputs: torch.Tensor) -> Run:
