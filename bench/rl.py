@@ -101,14 +101,14 @@ def _fitting(model: Decoder, prompt: int, completion: int, device) -> int:
             for _ in range(2):
                 pack([Sample([1] * prompt, drawn, 1.0, 0.0)] * count, device).log_probs(model).sum().backward()
             return count
-        except torch.OutOfMemoryError:
-            pass
+        except RuntimeError:  # also ops say so when there is no memory
+            if count == MICRO_BATCHES[-1][0] and model.checkpoint_layers:
+                raise
         finally:
             model.zero_grad(set_to_none=True)
             gc.collect()
             if device.type == "cuda":
                 torch.cuda.empty_cache()
-    raise SystemExit("rl: no micro-batch fits")
 
 
 def _train(model: Decoder, optimizer, asked, groups, micro_batch: int, device) -> float:

@@ -123,7 +123,8 @@ __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& 
   }
 }
 
-template <int kDim, class Pages, int kThreads>
+// kExist: of a lane's two rows; 1 where a unit has 8 rows at most, which are the first warp's.
+template <int kDim, int kExist, class Pages, int kThreads>
 __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan) {
   using C = Config<kDim, Pages>;
   const uint32_t lane = threadIdx.x % 32;
@@ -173,7 +174,7 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
         const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
         hide(scores, limits, lane);
       }
-      absorb<kDim>(rows, scores, args.factor, weights);
+      absorb<kDim, kExist>(rows, scores, args.factor, weights);
       const uint32_t v = next(kept);
       if (!Pages::kCodes && kept < kTile) clear_rows<kDim>(v, kept, 1);
       start_mix<kDim>(rows, weights, v);
@@ -196,7 +197,7 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   }
 }
 
-template <int kDim, class Pages>
+template <int kDim, int kExist, class Pages>
 __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pages>::kBlocksOfMultiprocessor)
     paged_decode_kernel(const __grid_constant__ Pages pages, const __grid_constant__ PagedArgs args) {
   using C = Config<kDim, Pages>;
@@ -219,7 +220,7 @@ __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pa
   if (warp_uniform(threadIdx.x / 32) == 4)
     produce<kDim>(args, pages, shared, plan);
   else
-    multiply<kDim, Pages>(args, shared, plan);
+    multiply<kDim, kExist, Pages>(args, shared, plan);
 }
 
 // What a thread has of a row: a column.
@@ -301,10 +302,10 @@ int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequenc
 int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
 int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
-template <int kDim, class Pages>
+template <int kDim, int kExist, class Pages>
 void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args, cudaStream_t stream) {
   using C = Config<kDim, Pages>;
-  constexpr auto kernel = paged_decode_kernel<kDim, Pages>;
+  constexpr auto kernel = paged_decode_kernel<kDim, kExist, Pages>;
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
   launch_kernel(true, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
@@ -314,12 +315,18 @@ void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args,
                 args);
 }
 
+template <int kExist, class Pages>
+void launch_dim(const PagedAttention& op, const Pages& pages, const PagedArgs& args, cudaStream_t stream) {
+  if (op.dim == 64) return launch<64, kExist>(op, pages, args, stream);
+  if (op.dim == 96) return launch<96, kExist>(op, pages, args, stream);
+  launch<128, kExist>(op, pages, args, stream);
+}
+
 template <class Pages>
-void launch_dim(const PagedAttention& op, const Pages& pages, const PagedArgs& args, void* stream) {
+void launch_rows(const PagedAttention& op, const Pages& pages, const PagedArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (op.dim == 64) return launch<64>(op, pages, args, s);
-  if (op.dim == 96) return launch<96>(op, pages, args, s);
-  launch<128>(op, pages, args, s);
+  if (most_rows(op) <= 8) return launch_dim<1>(op, pages, args, s);
+  launch_dim<2>(op, pages, args, s);
 }
 
 }  // namespace
@@ -349,9 +356,9 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.slots.top = args.slots.out + rows_of_slots(op) * op.dim;
   args.slots.sum = args.slots.top + rows_of_slots(op);
   args.slots.span = reinterpret_cast<int32_t*>(args.slots.sum + rows_of_slots(op));
-  if (op.page_dtype != DType::e4m3) return launch_dim(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
+  if (op.page_dtype != DType::e4m3) return launch_rows(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
   const auto codes = [](const void* pages) { return static_cast<const uint8_t*>(pages); };
-  launch_dim(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
+  launch_rows(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
 }
 
 }  // namespace eightfold

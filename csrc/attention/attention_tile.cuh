@@ -99,12 +99,12 @@ __device__ __forceinline__ void hide(float (&scores)[kCount], const int32_t (&se
 }
 
 // The softmax's part of a tile: scores become weights, what the chunk holds is scaled to the new maximum. `factor`: scale * log2(e),
-// positive.
-template <int kDim, int kCount>
+// positive. Of the lane's rows the first kExist exist; the others' weights are 0.
+template <int kDim, int kExist = 2, int kCount>
 __device__ __forceinline__ void absorb(Rows<kDim>& rows, const float (&scores)[kCount], float factor, uint32_t (&weights)[kCount / 2]) {
   float shift[2];
 #pragma unroll
-  for (int h = 0; h < 2; ++h) {
+  for (int h = 0; h < kExist; ++h) {
     float top = kNothing;
 #pragma unroll
     for (int j = 0; j < kCount / 4; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
@@ -122,7 +122,9 @@ __device__ __forceinline__ void absorb(Rows<kDim>& rows, const float (&scores)[k
 #pragma unroll
   for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
+    for (int h = kExist; h < 2; ++h) weights[2 * j + h] = 0;
+#pragma unroll
+    for (int h = 0; h < kExist; ++h) {
       const float first = ex2_approx(__fmaf_rn(scores[4 * j + 2 * h], factor, -shift[h]));
       const float second = ex2_approx(__fmaf_rn(scores[4 * j + 2 * h + 1], factor, -shift[h]));
       rows.sum[h] = __fadd_rn(rows.sum[h], __fadd_rn(first, second));

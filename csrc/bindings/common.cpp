@@ -37,8 +37,10 @@ constexpr int64_t kMaxDims = 16;
 Tensor allocate(Dims sizes, const int64_t* strides, ScalarType type, const Tensor& like) {
   static const int32_t cpu = aoti_torch_device_type_cpu(), cuda = aoti_torch_device_type_cuda();
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.count, sizes.values, strides, shim_dtype_of(type), like.is_cpu() ? cpu : cuda,
-                                                  like.get_device_index(), &handle));
+  const AOTITorchError error = aoti_torch_empty_strided(sizes.count, sizes.values, strides, shim_dtype_of(type), like.is_cpu() ? cpu : cuda,
+                                                        like.get_device_index(), &handle);
+  EF_CHECK(error == AOTI_TORCH_SUCCESS, "eightfold: out of memory? torch could not make a ", name_of(type), " tensor of shape ",
+           joined(sizes), " on ", device_of(like), "; it has said why on standard error");
   return Tensor(handle);
 }
 

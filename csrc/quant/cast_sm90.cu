@@ -1,5 +1,6 @@
 // The casts alone, on Hopper: sources for the tile kernel, and the two kernels that move codes without quantising.
 #include "quant/cast.h"
+#include "quant/row_cast.cuh"
 #include "quant/tile_cast.cuh"
 
 namespace eightfold::quant {
@@ -59,9 +60,31 @@ struct CodesSource {
 template <class T>
 constexpr int kBlocks = sizeof(T) == 2 ? 4 : 2;
 
+// Of few rows a tile would be mostly empty: a warp takes 256 columns of a row, an octet a lane.
+constexpr int kSliceThreads = 128, kSlice = kSliceThreads * 8;
+
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kSliceThreads) row_cast_kernel(const TensorSource<T> source, const Quantized out) {
+  begin_rows(source.rows);
+  const unsigned across = static_cast<unsigned>((source.cols + kSlice - 1) / kSlice);
+  const int64_t row = blockIdx.x / across, col = static_cast<int64_t>(blockIdx.x % across) * kSlice + threadIdx.x * 8;
+  const Octet<T> x = source.template load<kVector, false>(row, col);
+  cast_row_octet(x, out, row, col, source.cols, octet_count(row, col, source.rows, source.cols), kVector);
+}
+
+template <class T>
+void launch_row_cast(const TensorSource<T>& source, const Quantized& out, cudaStream_t stream) {
+  const bool vector = source.vector && source.cols % 8 == 0;
+  const int64_t blocks = source.rows * ((source.cols + kSlice - 1) / kSlice);
+  if (blocks == 0) return;
+  launch_kernel(true, "row_cast_kernel", vector ? row_cast_kernel<T, true> : row_cast_kernel<T, false>, blocks, kSliceThreads, 0, stream,
+                source, out);
+}
+
 template <class T>
 void quantize_typed(const Input& x, Group group, const Quantized& out, bool power_of_two, cudaStream_t stream) {
   const TensorSource<T> source(x);
+  if (group == Group::row128 && source.rows <= kFewRows && !power_of_two) return launch_row_cast(source, out, stream);
   const TileOutput to = tile_output(out, out);
   switch (group) {
     case Group::row128: return launch_tile_cast<kBlocks<T>, kRows128>(source, to, power_of_two, stream);
