@@ -11,7 +11,7 @@ from eightfold.generate.requests import Request, RolloutOptions, sample_seed
 from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models import Decoder, DecoderConfig
-from eightfold.models.precision import BF16
+from eightfold.models.precision import BF16, KeptWeights
 
 WARM = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95)
 
@@ -239,6 +239,23 @@ def test_a_second_call_reads_the_weights_where_the_first_did(model):
     assert second != first
     assert [[part.data_ptr() for part in codes] for codes in kept] == addresses
     assert second == run(model, asked)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_kept_weights_follow_the_layer_where_they_are(name, device):
+    kept, layer = KeptWeights(torch.bfloat16), torch.nn.Linear(8, 16, device=device)
+    before = kept.rounded(layer, name), kept.widened(layer, name)
+    with torch.no_grad():
+        getattr(layer, name).mul_(-1.25)
+    kept.refresh()
+    want = getattr(layer, name).detach().bfloat16()
+    for make, dtype, first in zip((kept.rounded, kept.widened), (torch.bfloat16, torch.float32), before, strict=True):
+        assert make(layer, name) is first
+        assert torch.equal(first, want.to(dtype))
+        assert first.dtype == dtype
+    layer.bfloat16()
+    assert kept.rounded(layer, name).data_ptr() == getattr(layer, name).data_ptr()
+    assert kept.rounded(torch.nn.Linear(8, 16, bias=False, device=device), "bias") is None
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

@@ -73,31 +73,32 @@ class KeptWeights:
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype  # of the products that are not FP8
         self.codes: defaultdict[nn.Linear, WeightCache] = defaultdict(WeightCache)
-        self._rounded: dict[nn.Linear, torch.Tensor] = {}
-        self._widened: dict[nn.Linear, torch.Tensor] = {}
+        self._rounded: dict[tuple[nn.Linear, str], torch.Tensor] = {}
+        self._widened: dict[tuple[nn.Linear, str], torch.Tensor] = {}
 
-    def rounded(self, layer: nn.Linear) -> torch.Tensor:
-        """The layer's weight in `dtype`: itself, where it has it."""
-        if layer.weight.dtype == self.dtype:
-            return layer.weight.detach()
-        return self._keep(self._rounded, layer, self.dtype)
+    def rounded(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
+        """The layer's weight, or its bias if it has one, in `dtype`: itself, where it has it."""
+        parameter = getattr(layer, name)
+        if parameter is None or parameter.dtype == self.dtype:
+            return None if parameter is None else parameter.detach()
+        return self._keep(self._rounded, layer, name, self.dtype)
 
-    def widened(self, layer: nn.Linear) -> torch.Tensor:
+    def widened(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
         """The same values in fp32."""
-        return self._keep(self._widened, layer, torch.float32)
+        return None if getattr(layer, name) is None else self._keep(self._widened, layer, name, torch.float32)
 
-    def _keep(self, store: dict[nn.Linear, torch.Tensor], layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        if layer not in store:
+    def _keep(self, store: dict, layer: nn.Linear, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if (layer, name) not in store:
             with torch.inference_mode(False):
-                store[layer] = layer.weight.detach().to(self.dtype).to(dtype)
-        return store[layer]
+                store[layer, name] = getattr(layer, name).detach().to(self.dtype).to(dtype)
+        return store[layer, name]
 
     def refresh(self) -> None:
         for cache in self.codes.values():
             cache.refresh()
         for store in (self._rounded, self._widened):
-            for layer, kept in store.items():
-                kept.copy_(layer.weight.detach().to(self.dtype))
+            for (layer, name), kept in store.items():
+                kept.copy_(getattr(layer, name).detach().to(self.dtype))
 
 
 class FP32:
@@ -186,9 +187,9 @@ class BF16(FP32):
         if self._kept is None:
             return fused.bf16_linear(x, layer.weight, layer.bias)
         if layer.weight.device.type != "cpu":
-            return fused.bf16_linear(x, self._kept.rounded(layer), layer.bias)
-        bias = None if layer.bias is None else layer.bias.to(self.dtype).float()
-        return F.linear(x.float(), self._kept.widened(layer), bias).to(self.dtype)
+            return fused.bf16_linear(x, self._kept.rounded(layer), self._kept.rounded(layer, "bias"))
+        weight, bias = self._kept.widened(layer), self._kept.widened(layer, "bias")
+        return F.linear(x.float(), weight, bias).to(self.dtype)
 
     def kernels_on(self, device):
         # One for five or six: a step of one token is a chain of kernels, with little to do for each.
