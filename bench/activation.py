@@ -1,4 +1,4 @@
-"""SwiGLU fused with casts, forward and backward. Floor: inputs and outputs once, at copy bandwidth."""
+"""SwiGLU, alone and fused with casts, forward and backward. Floor: inputs and outputs once, at copy bandwidth."""
 
 import torch
 
@@ -15,6 +15,7 @@ def run(bench: Bench) -> None:
     for rows, cols in ((16384, 11008), (16384, 18944)) if cuda else ((512, 1536), (2048, 4096)):
         gate, up, dh = (torch.randn(rows, cols, device=bench.device, dtype=torch.bfloat16) for _ in range(3))
         n, shape = rows * cols, f"{rows}x{cols}"
+        bench.add(_alone(gate, up))
         for training, chain in ((False, chains.swiglu), (True, chains.swiglu_training)):
             bench.add(
                 Case(
@@ -43,6 +44,18 @@ def run(bench: Bench) -> None:
                 peers={"torch.compile": compiled(chains.swiglu_backward, dh, *saved)} if cuda else {},
             )
         )
+
+
+def _alone(gate: torch.Tensor, up: torch.Tensor) -> Case:
+    return Case(
+        "swiglu",
+        f"{gate.shape[0]}x{gate.shape[1]}",
+        ours=lambda: ops.swiglu(gate, up),
+        error=lambda: relative_error(ops.swiglu(gate, up), reference.swiglu(gate.float(), up.float())),
+        tolerance=5e-3,
+        bytes=6 * gate.numel(),
+        peers={"torch.compile": compiled(chains.swiglu_alone, gate, up)} if gate.is_cuda else {},
+    )
 
 
 def _error(got, expected) -> float:

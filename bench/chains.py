@@ -57,6 +57,10 @@ def norm_backward(dy: Tensor, codes: Tensor, scales: Tensor, rstd: Tensor, weigh
     return dx.to(dy.dtype), (dy.float() * xhat).sum(0)
 
 
+def swiglu_alone(gate: Tensor, up: Tensor) -> Tensor:
+    return (torch.nn.functional.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
 def swiglu(gate: Tensor, up: Tensor) -> Codes:
     return rows(torch.nn.functional.silu(gate.float()) * up.float())
 

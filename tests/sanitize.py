@@ -30,6 +30,8 @@ def fused(rows: int, cols: int, dtype: torch.dtype) -> None:
         op.rms_norm_quantize(x, weight, 1e-5, training)
         op.add_rms_norm_quantize(x, residual, weight, 1e-5, training)
         op.swiglu_quantize(x, residual, training)
+    op.swiglu(x, residual)
+    op.add_rms_norm(x, residual, weight, 1e-5)
     _, codes, scales, rstd = op.rms_norm(x, weight, 1e-5, True)
     op.rms_norm_columns(codes, scales, rstd, weight, dtype)
     op.rms_norm_backward(dy, codes, scales, rstd, weight, residual)

@@ -1,4 +1,4 @@
-// swiglu_quantize, swiglu_backward_quantize: checks, allocation, dispatch.
+// swiglu, swiglu_quantize, swiglu_backward_quantize: checks, allocation, dispatch.
 #include "bindings/casts.h"
 #include "quant/swiglu.h"
 
@@ -15,30 +15,51 @@ void check_matrix(const Tensor& t, const char* op, const char* argument) {
            " with strides ", strides_of(t));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate, const Tensor& up, bool training) {
-  const char* op = "swiglu_quantize";
+SwigluForward describe(const Tensor& gate, const Tensor& up, const char* op) {
   check_matrix(gate, op, "gate");
   check_same_device(up, gate, op, "up");
   check_dtype(up, {gate.scalar_type()}, op, "up");
   check_shape(up, {gate.size(0), gate.size(1)}, op, "up");
   check_matrix(up, op, "up");
-  int64_t rows = gate.size(0), cols = gate.size(1);
-  RowCast h = empty_row_cast(rows, cols, gate);
-  RowCast gate_out = empty_row_cast(rows, cols, gate, training), up_out = empty_row_cast(rows, cols, gate, training);
-  SwigluForward swiglu{gate.data_ptr(), up.data_ptr(), gate.stride(0), up.stride(0), dtype_of(gate, op, "gate"), rows, cols,
-                       h.view,          gate_out.view, up_out.view};
-  if (rows > 0 && cols > 0) {
-    if (gate.is_cpu()) {
-      swiglu_quantize_cpu(swiglu);
-    } else {
+  SwigluForward swiglu{};
+  swiglu.gate = gate.data_ptr();
+  swiglu.up = up.data_ptr();
+  swiglu.gate_ld = gate.stride(0);
+  swiglu.up_ld = up.stride(0);
+  swiglu.dtype = dtype_of(gate, op, "gate");
+  swiglu.rows = gate.size(0);
+  swiglu.cols = gate.size(1);
+  return swiglu;
+}
+
+void run(const SwigluForward& swiglu, const Tensor& gate, const char* op) {
+  if (swiglu.rows == 0 || swiglu.cols == 0) return;
+  if (gate.is_cpu()) return swiglu_cpu(swiglu);
 #if EIGHTFOLD_WITH_CUDA
-      OnDeviceOf device(gate);
-      swiglu_quantize_sm90(swiglu, current_stream(gate));
+  OnDeviceOf device(gate);
+  swiglu_sm90(swiglu, current_stream(gate));
 #else
-      fail(op, ": this build has no CUDA kernels");
+  fail(op, ": this build has no CUDA kernels");
 #endif
-    }
-  }
+}
+
+Tensor swiglu(const Tensor& gate, const Tensor& up) {
+  SwigluForward swiglu = describe(gate, up, "swiglu");
+  Tensor y = empty({swiglu.rows, swiglu.cols}, gate.scalar_type(), gate);
+  swiglu.y = y.data_ptr();
+  run(swiglu, gate, "swiglu");
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> swiglu_quantize(const Tensor& gate, const Tensor& up, bool training) {
+  SwigluForward swiglu = describe(gate, up, "swiglu_quantize");
+  RowCast h = empty_row_cast(swiglu.rows, swiglu.cols, gate);
+  RowCast gate_out = empty_row_cast(swiglu.rows, swiglu.cols, gate, training);
+  RowCast up_out = empty_row_cast(swiglu.rows, swiglu.cols, gate, training);
+  swiglu.h = h.view;
+  swiglu.gate_out = gate_out.view;
+  swiglu.up_out = up_out.view;
+  run(swiglu, gate, "swiglu_quantize");
   return {std::move(h.codes),         std::move(h.scales),     std::move(gate_out.codes),
           std::move(gate_out.scales), std::move(up_out.codes), std::move(up_out.scales)};
 }
@@ -96,12 +117,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
+  m.impl("swiglu", EF_BOX(&swiglu));
   m.impl("swiglu_quantize", EF_BOX(&swiglu_quantize));
   m.impl("swiglu_backward_quantize", EF_BOX(&swiglu_backward_quantize));
 }
 
 #if EIGHTFOLD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
+  m.impl("swiglu", EF_BOX(&swiglu));
   m.impl("swiglu_quantize", EF_BOX(&swiglu_quantize));
   m.impl("swiglu_backward_quantize", EF_BOX(&swiglu_backward_quantize));
 }

@@ -1,4 +1,4 @@
-// rms_norm, rms_norm_quantize, add_rms_norm_quantize, rms_norm_columns, rms_norm_backward: checks, allocation, dispatch.
+// rms_norm, add_rms_norm, rms_norm_quantize, add_rms_norm_quantize, rms_norm_columns, rms_norm_backward: checks, allocation, dispatch.
 #include "quant/norm.h"
 
 #include "bindings/casts.h"
@@ -74,6 +74,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm(const Tensor& x, const Tenso
   if (training) norm.rstd = static_cast<float*>(rstd.data_ptr());
   run(norm, x, "rms_norm");
   return {std::move(y), std::move(x_rows.codes), std::move(x_rows.scales), std::move(rstd)};
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+  const char* op = "add_rms_norm";
+  RmsNorm norm = describe(x, weight, eps, op);
+  check_like(residual, x, op, "residual");
+  Tensor sum = empty({norm.rows, norm.cols}, x.scalar_type(), x), y = empty({norm.rows, norm.cols}, x.scalar_type(), x);
+  norm.residual = residual.data_ptr();
+  norm.sum = sum.data_ptr();
+  norm.y = y.data_ptr();
+  run(norm, x, op);
+  return {std::move(sum), std::move(y)};
 }
 
 struct Casts {
@@ -195,6 +207,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& dy, const Tensor& x, 
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
   m.impl("rms_norm", EF_BOX(&rms_norm));
+  m.impl("add_rms_norm", EF_BOX(&add_rms_norm));
   m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
   m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
   m.impl("rms_norm_columns", EF_BOX(&rms_norm_columns));
@@ -204,6 +217,7 @@ STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
 #if EIGHTFOLD_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
   m.impl("rms_norm", EF_BOX(&rms_norm));
+  m.impl("add_rms_norm", EF_BOX(&add_rms_norm));
   m.impl("rms_norm_quantize", EF_BOX(&rms_norm_quantize));
   m.impl("add_rms_norm_quantize", EF_BOX(&add_rms_norm_quantize));
   m.impl("rms_norm_columns", EF_BOX(&rms_norm_columns));

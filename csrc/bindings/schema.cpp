@@ -13,8 +13,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def("requantize(Tensor codes, Tensor scales, bool power_of_two=False) -> (Tensor col_codes, Tensor col_scales)");
   m.def("transpose_codes(Tensor codes) -> Tensor");
 
-  // quant: casts fused with a norm or an activation
+  // quant: a norm or an activation, alone or fused with casts
   m.def("rms_norm(Tensor x, Tensor weight, float eps, bool training) -> (Tensor y, Tensor x_codes, Tensor x_scales, Tensor rstd)");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor sum, Tensor y)");
   m.def(
       "rms_norm_quantize(Tensor x, Tensor weight, float eps, bool training) -> (Tensor codes, Tensor scales, Tensor col_codes, "
       "Tensor col_scales, Tensor x_codes, Tensor x_scales, Tensor rstd)");
@@ -27,6 +28,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "rms_norm_backward(Tensor dy, Tensor x, Tensor? x_scales, Tensor rstd, Tensor weight, Tensor? residual_grad) -> (Tensor dx, "
       "Tensor dweight)");
+  m.def("swiglu(Tensor gate, Tensor up) -> Tensor");
   m.def(
       "swiglu_quantize(Tensor gate, Tensor up, bool training) -> (Tensor codes, Tensor scales, Tensor gate_codes, Tensor "
       "gate_scales, Tensor up_codes, Tensor up_scales)");

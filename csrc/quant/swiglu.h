@@ -1,8 +1,8 @@
-// SwiGLU with the casts around it: h = gate * sigmoid(gate) * up, the input of the down projection.
+// SwiGLU, alone or with the casts around it: h = gate * sigmoid(gate) * up, the input of the down projection.
 //
-// Forward: h in fp32, rounded to gate's dtype, cast in groups (1, 128). Training also casts gate and up from the same load; these codes
-// are all that the backward pass keeps (2 bytes per element instead of 4, and h is never stored).
-//   bytes per element in bf16: 4 read, 1 written (3 in training)
+// Forward: h in fp32, rounded to gate's dtype, written or cast in groups (1, 128). Training also casts gate and up from the same load;
+// these codes are all that the backward pass keeps (2 bytes per element instead of 4, and h is never stored).
+//   bytes per element in bf16: 4 read, 1 written (2 for h itself, 3 in training)
 //
 // Backward, from dh and the codes of gate and up, with s = sigmoid(gate):
 //   dgate = dh * up * s * (1 + gate * (1 - s))     dup = dh * gate * s     h = gate * s * up
@@ -22,7 +22,8 @@ struct SwigluForward {
   int64_t gate_ld, up_ld;
   DType dtype;
   int64_t rows, cols;
-  Quantized h, gate_out, up_out;  // gate_out and up_out both or neither
+  void* y;                        // h itself, [rows, cols] contiguous in `dtype`; null: not wanted
+  Quantized h, gate_out, up_out;  // codes null: not wanted; gate_out and up_out both or neither
 };
 
 struct SwigluBackward {
@@ -36,9 +37,9 @@ struct SwigluBackward {
   Quantized dgate_cols, dup_cols, h_cols;
 };
 
-void swiglu_quantize_cpu(const SwigluForward& op);
+void swiglu_cpu(const SwigluForward& op);
 void swiglu_backward_quantize_cpu(const SwigluBackward& op);
-void swiglu_quantize_sm90(const SwigluForward& op, void* stream);
+void swiglu_sm90(const SwigluForward& op, void* stream);
 void swiglu_backward_quantize_sm90(const SwigluBackward& op, void* stream);
 
 }  // namespace eightfold::quant

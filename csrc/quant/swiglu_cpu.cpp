@@ -27,7 +27,7 @@ EF_CPU_CLONES void swiglu_backward(float* dh, float* gate, float* up, int64_t n)
 
 }  // namespace
 
-void swiglu_quantize_cpu(const SwigluForward& op) {
+void swiglu_cpu(const SwigluForward& op) {
   int64_t cols = op.cols;
   parallel_for(op.rows, std::max<int64_t>(1, 16384 / std::max<int64_t>(cols, 1)), [&](int64_t begin, int64_t end) {
     std::vector<float> gate(cols), up(cols), h(cols);
@@ -35,8 +35,11 @@ void swiglu_quantize_cpu(const SwigluForward& op) {
       widen(op.gate, op.dtype, row * op.gate_ld, cols, gate.data());
       widen(op.up, op.dtype, row * op.up_ld, cols, up.data());
       swiglu(gate.data(), up.data(), cols, h.data());
-      round_span(h.data(), op.dtype, cols);
-      cast_row(h.data(), row, 0, cols, cols, op.h);
+      if (op.y) narrow(h.data(), cols, op.y, op.dtype, row * cols);
+      if (op.h.codes) {
+        round_span(h.data(), op.dtype, cols);
+        cast_row(h.data(), row, 0, cols, cols, op.h);
+      }
       if (op.gate_out.codes) cast_row(gate.data(), row, 0, cols, cols, op.gate_out);
       if (op.up_out.codes) cast_row(up.data(), row, 0, cols, cols, op.up_out);
     }

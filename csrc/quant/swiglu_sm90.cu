@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(32 * kRows) swiglu_kernel(const SwigluForward 
     }
     Octet<T> h;
     h.set(v);
-    cast_row_octet(h, op.h, row, col, op.cols, count, kVector);
+    if (op.y) store_octet(static_cast<T*>(op.y) + row * op.cols + col, h, count, kVector);
+    if (op.h.codes) cast_row_octet(h, op.h, row, col, op.cols, count, kVector);
     if (op.gate_out.codes) {
       cast_row_octet(gate[i], op.gate_out, row, col, op.cols, count, kVector);
       cast_row_octet(up[i], op.up_out, row, col, op.cols, count, kVector);
@@ -52,7 +53,8 @@ template <class T>
 void forward_typed(const SwigluForward& op, cudaStream_t stream) {
   constexpr int64_t kAlign = 16 / sizeof(T);
   const int64_t blocks = (op.rows + kRows - 1) / kRows * ((op.cols + kBlockCols - 1) / kBlockCols);
-  const bool vector = op.cols % 8 == 0 && op.gate_ld % kAlign == 0 && op.up_ld % kAlign == 0 && aligned16(op.gate) && aligned16(op.up);
+  const bool vector =
+      op.cols % 8 == 0 && op.gate_ld % kAlign == 0 && op.up_ld % kAlign == 0 && aligned16(op.gate) && aligned16(op.up) && aligned16(op.y);
   const auto kernel = vector ? swiglu_kernel<T, true> : swiglu_kernel<T, false>;
   launch_kernel(op.rows <= kFewRows, "swiglu_kernel", kernel, blocks, 32 * kRows, 0, stream, op);
 }
@@ -287,7 +289,7 @@ void backward_typed(const SwigluBackward& op, cudaStream_t stream) {
 
 }  // namespace
 
-void swiglu_quantize_sm90(const SwigluForward& op, void* stream) {
+void swiglu_sm90(const SwigluForward& op, void* stream) {
   if (op.rows == 0 || op.cols == 0) return;
   if (op.dtype == DType::bf16)
     forward_typed<__nv_bfloat16>(op, static_cast<cudaStream_t>(stream));

@@ -57,6 +57,7 @@ def test_norms(chains):
 
 def test_swiglu(chains):
     gate, up, dh = (torch.randn(ROWS, COLS).bfloat16() for _ in range(3))
+    torch.testing.assert_close(chains.swiglu_alone(gate, up), reference.swiglu(gate, up))
     wanted = reference.swiglu_quantize(gate, up, True)
     for codes, at in zip(chains.swiglu_training(gate, up), (0, 2, 4), strict=True):
         close(codes, wanted[at : at + 2])

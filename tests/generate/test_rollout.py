@@ -1,13 +1,17 @@
 """Rollout over pages: completions that depend on nothing beside them, with the trainer's log-probabilities."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eightfold.generate.pages import PagePool
 from eightfold.generate.requests import Request, RolloutOptions, sample_seed
 from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import SamplingOptions
 from eightfold.models import Decoder, DecoderConfig
+from eightfold.models.precision import BF16, KeptWeights
 
 WARM = SamplingOptions(temperature=0.8, top_k=50, top_p=0.95)
 
@@ -83,6 +87,42 @@ def test_log_probs_have_the_trainers_bits(model, fp8_head, fp8_cache):
     count = len(rolled)
     for order in (range(count), torch.randperm(count).tolist()):
         assert trainer(model, asked, groups, order) == rolled
+
+
+class CountOps(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.counts[func._schema.name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_bf16_by_kernels_is_near_the_trainer(model_type, device, monkeypatch):
+    """With constant weights norms and SwiGLU are kernels on CUDA (here on the CPU too): fewer, of nearly the values."""
+    monkeypatch.setattr(BF16, "kernels_on", lambda self, device: self._kept is not None)
+    layers = 3
+    config = DecoderConfig(model_type, 512, 192, 384, layers, 3, 1, 64, initializer_range=0.04)
+    model = Decoder(config, precision="bf16").to(device)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+    asked = requests(5, samples=2)
+    with CountOps() as seen:
+        groups = run(model, asked, cuda_graphs=False)
+    forwards = seen.counts["eightfold::rms_norm"]  # the first of each
+    assert forwards >= 20
+    for op, each in (("swiglu", layers), ("rope_cache_write", layers), ("add_rms_norm", 2 * layers)):
+        assert seen.counts[f"eightfold::{op}"] == each * forwards, op
+    for op in ("silu", "silu_", "sigmoid", "rsqrt", "rsqrt_"):
+        assert seen.counts[f"aten::{op}"] == 0, op
+    rolled = [c.log_probs for group in groups for c in group]
+    found = trainer(model, asked, groups, range(len(rolled)))
+    apart = (torch.tensor(rolled) - torch.tensor(found)).abs()
+    assert apart.max() < 0.05, apart
 
 
 def test_greedy_is_the_largest_logit_of_the_packed_pass(model):
@@ -199,6 +239,23 @@ def test_a_second_call_reads_the_weights_where_the_first_did(model):
     assert second != first
     assert [[part.data_ptr() for part in codes] for codes in kept] == addresses
     assert second == run(model, asked)
+
+
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_kept_weights_follow_the_layer_where_they_are(name, device):
+    kept, layer = KeptWeights(torch.bfloat16), torch.nn.Linear(8, 16, device=device)
+    before = kept.rounded(layer, name), kept.widened(layer, name)
+    with torch.no_grad():
+        getattr(layer, name).mul_(-1.25)
+    kept.refresh()
+    want = getattr(layer, name).detach().bfloat16()
+    for make, dtype, first in zip((kept.rounded, kept.widened), (torch.bfloat16, torch.float32), before, strict=True):
+        assert make(layer, name) is first
+        assert torch.equal(first, want.to(dtype))
+        assert first.dtype == dtype
+    layer.bfloat16()
+    assert kept.rounded(layer, name).data_ptr() == getattr(layer, name).data_ptr()
+    assert kept.rounded(torch.nn.Linear(8, 16, bias=False, device=device), "bias") is None
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])

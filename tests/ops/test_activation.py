@@ -1,9 +1,9 @@
-"""SwiGLU fused with casts: against the reference, its own parts, and fp64 gradients."""
+"""SwiGLU, alone and fused with casts: against the reference, its own parts, and fp64 gradients."""
 
 import pytest
 import torch
 
-from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.ops.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.quant import quantize
 from eightfold.reference import activation as reference
 from eightfold.reference import quant as reference_quant
@@ -23,6 +23,17 @@ def data(rows, cols, dtype, device):
 def saved(gate, up):
     casts = swiglu_quantize(gate, up, training=True)
     return casts.gate, casts.up
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 0), (1, 14336), (1100, 520)])
+def test_alone_is_the_reference_and_what_is_cast(shape, dtype, device):
+    gate, up = data(*shape, dtype, device)
+    h, want = swiglu(gate, up), reference.swiglu(gate, up)
+    assert (h.shape, h.dtype, h.stride()) == (want.shape, want.dtype, want.stride())
+    torch.testing.assert_close(h, want, rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-30)
+    if shape[1]:
+        same_cast(quantize(h, (1, 128)), swiglu_quantize(gate, up).h)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,9 +101,11 @@ def test_h_against_fp64_and_rounding_bias(device):
         scales = ops.swiglu_quantize(g, torch.full_like(g, 1.7), False)[1].double() * 448
         exact = (g.double() * torch.sigmoid(g.double()) * torch.full_like(g, 1.7).double()).abs()
         seen = exact > 1e-9  # smaller groups take the floor of the quantiser
-        error = ((scales - exact) / exact)[seen]
-        assert error.abs().max() <= tolerance
-        assert error.mean().abs() < 1e-4
+        alone = swiglu(g, torch.full_like(g, 1.7)).double().abs()
+        for found in (scales, alone):
+            error = ((found - exact) / exact)[seen]
+            assert error.abs().max() <= tolerance
+            assert error.mean().abs() < 1e-4
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,6 +148,7 @@ def test_halves_of_a_wider_buffer_and_unaligned_memory(dtype, device):
             strict=True,
         ):
             same_bytes(a, b)
+        same_bytes(swiglu(gate, up), swiglu(gate.contiguous(), up.contiguous()))
         g, u = saved(gate, up)
         codes = (g.codes, g.scales, u.codes, u.scales)
         for a, b in zip(
@@ -182,6 +196,7 @@ def test_gradients_against_the_unquantised_maths(device):
 def test_a_bad_value_marks_its_groups_and_no_other(bad, device):
     gate, up = data(140, 300, torch.bfloat16, device)
     up[130, 7] = bad
+    assert (~swiglu(gate, up).isfinite()).nonzero().tolist() == [[130, 7]]
     casts = swiglu_quantize(gate, up, training=True)
     assert casts.h.scales[130].isnan().tolist() == [True, False, False]
     assert casts.h.scales.isnan().sum() == 1
@@ -201,6 +216,8 @@ def test_extreme_gates_stay_finite(device):
     gate = torch.tensor([[-3e38, -1e4, -100.0, -0.0, 0.0, 100.0, 1e4, 1e30]], device=device)
     casts = swiglu_quantize(gate, torch.ones_like(gate), training=True)
     assert casts.h.scales.isfinite().all()
+    want = torch.tensor([[0, 0, 0, 0, 0, 100, 1e4, 1e30]], device=device)
+    torch.testing.assert_close(swiglu(gate, torch.ones_like(gate)), want)
     for value in gate[0]:
         g = quantize(value.view(1, 1), (1, 128))
         out = swiglu_backward_quantize(
@@ -232,6 +249,8 @@ def test_errors_name_the_argument_and_the_values(device):
     codes = (g.codes, g.scales, u.codes, u.scales)
     forward, backward = "swiglu_quantize: ", "swiglu_backward_quantize: "
     for call, message in (
+        (lambda: swiglu(gate.half(), up), "swiglu: gate must be bfloat16 or float32, got float16"),
+        (lambda: swiglu(gate, up[:, :128]), r"swiglu: up must have shape \[8, 256\], got \[8, 128\]"),
         (lambda: swiglu_quantize(gate.half(), up), forward + "gate must be bfloat16 or float32, got float16"),
         (lambda: swiglu_quantize(gate[0], up), forward + r"gate must have 2 dimensions, got shape \[256\]"),
         (lambda: swiglu_quantize(gate, up.float()), forward + "up must be bfloat16, got float32"),
@@ -276,6 +295,7 @@ def test_cpu_and_cuda_agree():
     gate, up = data(130, 1040, torch.bfloat16, "cpu")
     cpu, cuda = ops.swiglu_quantize(gate, up, True), ops.swiglu_quantize(gate.cuda(), up.cuda(), True)
     close_cast(*(t.cpu() for t in cuda[:2]), *cpu[:2])
+    torch.testing.assert_close(swiglu(gate.cuda(), up.cuda()).cpu(), swiglu(gate, up), rtol=2**-7, atol=1e-30)
     for a, b in zip(cuda[2:], cpu[2:], strict=True):
         same_bytes(a.cpu(), b)
     back = ops.swiglu_backward_quantize(gate, *cpu[2:]), ops.swiglu_backward_quantize(gate.cuda(), *cuda[2:])
@@ -286,6 +306,7 @@ def test_cpu_and_cuda_agree():
 def _calls(device):
     gate, up = data(20, 272, torch.bfloat16, device)
     g, u = saved(gate, up)
+    yield ops.swiglu, (gate, up)
     yield ops.swiglu_quantize, (gate, up, True)
     yield ops.swiglu_quantize, (gate, up, False)
     yield ops.swiglu_backward_quantize, (gate, g.codes, g.scales, u.codes, u.scales)

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from eightfold.ops.norm import add_rms_norm_quantize, rms_norm, rms_norm_backward, rms_norm_columns, rms_norm_quantize
+from eightfold.ops.norm import (
+    add_rms_norm,
+    add_rms_norm_quantize,
+    rms_norm,
+    rms_norm_backward,
+    rms_norm_columns,
+    rms_norm_quantize,
+)
 from eightfold.ops.quant import quantize
 from eightfold.reference import norm as reference
 from fused_bytes import check_layout, close_cast, same_bytes, same_cast
@@ -61,6 +68,11 @@ def test_fused_is_unfused_to_the_byte(shape, dtype, device):
     residual = torch.randn_like(x)
     total, fused = add_rms_norm_quantize(x, residual, w, EPS, training=True)
     same_bytes(total, x + residual)
+    for weight in (w, w.bfloat16()):
+        both = add_rms_norm(x, residual, weight, EPS)
+        for found, want in zip(both, (total, rms_norm(total, weight, EPS)), strict=True):
+            same_bytes(found, want)
+            assert found.stride() == want.stride()
     same_cast(fused.rows, quantize(rms_norm(total, w, EPS), (1, 128)))
     same_cast(fused.cols, quantize(rms_norm(total, w, EPS), (128, 1)))
     same_cast(fused.input, quantize(total, (1, 128)))
@@ -134,6 +146,8 @@ def test_unaligned_memory_gives_the_same_bytes(dtype, device):
     shifted = torch.empty(x.numel() + 1, dtype=dtype, device=device)[1:].view_as(x).copy_(x)
     dy = torch.randn_like(x)
     for a, b in zip(ops.rms_norm_quantize(x, w, EPS, True), ops.rms_norm_quantize(shifted, w, EPS, True), strict=True):
+        same_bytes(a, b)
+    for a, b in zip(add_rms_norm(x, dy, w, EPS), add_rms_norm(shifted, dy, w, EPS), strict=True):
         same_bytes(a, b)
     rstd = ops.rms_norm(x, w, EPS, True)[3]
     for a, b in zip(rms_norm_backward(dy, x, rstd, w), rms_norm_backward(dy, shifted, rstd, w), strict=True):
@@ -259,6 +273,8 @@ def test_errors_name_the_argument_and_the_values(device):
         (lambda: rms_norm(x, w[:128]), r"rms_norm: weight must have shape \[256\], got \[128\]"),
         (lambda: rms_norm(x, w.half()), r"rms_norm: weight must be bfloat16 or float32, got float16"),
         (lambda: rms_norm(x, w, -1.0), r"rms_norm: eps must not be negative, got -1"),
+        (lambda: add_rms_norm(x, x[:4], w), r"add_rms_norm: residual must have shape \[8, 256\], got \[4, 256\]"),
+        (lambda: add_rms_norm(x, x.t(), w[:8]), r"add_rms_norm: weight must have shape \[256\], got \[8\]"),
         (
             lambda: add_rms_norm_quantize(x, x.float(), w),
             r"add_rms_norm_quantize: residual must be bfloat16, got float32",
@@ -313,6 +329,7 @@ def _calls(device):
     q = reference.rms_norm_quantize(x, w, EPS, True)
     codes, scales = ops.quantize(x, [1, 128])
     yield ops.rms_norm, (x, w, EPS, True)
+    yield ops.add_rms_norm, (x, x, w, EPS)
     for training in (True, False):
         yield ops.rms_norm_quantize, (x, w, EPS, training)
         yield ops.add_rms_norm_quantize, (x, x, w, EPS, training)
@@ -340,6 +357,7 @@ def test_opcheck(device):
 
 def test_compiles_as_one_graph(device):
     for op, args in _calls(device):
+        torch._dynamo.reset()  # the lambda is one function to it, which it compiles eight times at most
         compiled = torch.compile(lambda *a, op=op: op(*a), fullgraph=True, backend="aot_eager")
         for a, b in zip(compiled(*args), op(*args), strict=True):
             same_bytes(a, b)

@@ -92,7 +92,7 @@ class DecoderLayer(nn.Module):
 
     def _paged(self, attend, qkv, tables):
         (q, k, v), norms = qkv, (self.self_attn.q_norm, self.self_attn.k_norm)
-        if norms[0] is not None and not self.compute.kernel_norm:
+        if norms[0] is not None and not self.compute.kernels_on(q.device):
             q, k, norms = self.compute.norm(q, norms[0]), self.compute.norm(k, norms[1]), (None, None)
         return attend.of_projections(self.index, q, k, v, tables, norms)
 
@@ -336,7 +336,7 @@ class Decoder(nn.Module):
                 stream, branch = checkpoint(layer, None, branch, tables, attend, use_reentrant=False)
             else:
                 stream, branch = layer(stream, branch, tables, attend)
-        return self.compute.norm(branch if stream is None else stream + branch, self.model.norm)
+        return self.compute.add_norm(branch, self.model.norm, stream)[1]
 
     def _check(self, ids, positions, document_ids, cache) -> None:
         if ids.dim() != 2 or ids.dtype not in (torch.int32, torch.int64) or ids.numel() == 0:

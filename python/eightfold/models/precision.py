@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from eightfold.models.head import Codes, logits
 from eightfold.nn import ServedCodes, WeightCache
 from eightfold.nn import functional as fused
-from eightfold.ops import rotary
+from eightfold.ops import add_rms_norm, rotary, swiglu
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Save = Literal["columns", "input"]
@@ -73,36 +73,36 @@ class KeptWeights:
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype  # of the products that are not FP8
         self.codes: defaultdict[nn.Linear, WeightCache] = defaultdict(WeightCache)
-        self._rounded: dict[nn.Linear, torch.Tensor] = {}
-        self._widened: dict[nn.Linear, torch.Tensor] = {}
+        self._rounded: dict[tuple[nn.Linear, str], torch.Tensor] = {}
+        self._widened: dict[tuple[nn.Linear, str], torch.Tensor] = {}
 
-    def rounded(self, layer: nn.Linear) -> torch.Tensor:
-        """The layer's weight in `dtype`: itself, where it has it."""
-        if layer.weight.dtype == self.dtype:
-            return layer.weight.detach()
-        return self._keep(self._rounded, layer, self.dtype)
+    def rounded(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
+        """The layer's weight, or its bias if it has one, in `dtype`: itself, where it has it."""
+        parameter = getattr(layer, name)
+        if parameter is None or parameter.dtype == self.dtype:
+            return None if parameter is None else parameter.detach()
+        return self._keep(self._rounded, layer, name, self.dtype)
 
-    def widened(self, layer: nn.Linear) -> torch.Tensor:
+    def widened(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
         """The same values in fp32."""
-        return self._keep(self._widened, layer, torch.float32)
+        return None if getattr(layer, name) is None else self._keep(self._widened, layer, name, torch.float32)
 
-    def _keep(self, store: dict[nn.Linear, torch.Tensor], layer: nn.Linear, dtype: torch.dtype) -> torch.Tensor:
-        if layer not in store:
+    def _keep(self, store: dict, layer: nn.Linear, name: str, dtype: torch.dtype) -> torch.Tensor:
+        if (layer, name) not in store:
             with torch.inference_mode(False):
-                store[layer] = layer.weight.detach().to(self.dtype).to(dtype)
-        return store[layer]
+                store[layer, name] = getattr(layer, name).detach().to(self.dtype).to(dtype)
+        return store[layer, name]
 
     def refresh(self) -> None:
         for cache in self.codes.values():
             cache.refresh()
         for store in (self._rounded, self._widened):
-            for layer, kept in store.items():
-                kept.copy_(layer.weight.detach().to(self.dtype))
+            for (layer, name), kept in store.items():
+                kept.copy_(getattr(layer, name).detach().to(self.dtype))
 
 
 class FP32:
     dtype = torch.float32
-    kernel_norm = False  # whether `norm` gives the bits of `ops.rms_norm`
     fp8_head = False  # whether the head's product is taken in FP8
     fp8_cache = False  # whether keys and values are rounded as a cache in FP8 has them
 
@@ -121,13 +121,24 @@ class FP32:
         """A linear whose input attention has saved already."""
         return self.linear(x, layer)
 
+    def kernels_on(self, device: torch.device) -> bool:
+        """Whether norms and SwiGLU there are kernels of `ops`: `norm` then has the bits of `ops.rms_norm`."""
+        return False
+
     def norm(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         return _RMSNorm.apply(x, norm.weight, norm.eps)
 
+    def add_norm(self, x, norm, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
+        """(stream, its norm), stream = x + residual."""
+        if residual is None or torch.is_grad_enabled() or not self.kernels_on(x.device):
+            stream = x if residual is None else x + residual
+            return stream, self.norm(stream, norm)
+        both = add_rms_norm(x.flatten(0, -2), residual.flatten(0, -2), norm.weight, norm.eps)
+        return tuple(y.view(x.shape) for y in both)
+
     def norm_linears(self, x, norm, layers, residual=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """(stream, the outputs of `layers` on the normed stream), stream = x + residual."""
-        stream = x if residual is None else x + residual
-        y = self.norm(stream, norm)
+        stream, y = self.add_norm(x, norm, residual)
         return stream, [self.linear(y, layer) for layer in layers]
 
     def norm_qkv(self, x, norm, layers, tables, head_dim, residual=None) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -139,7 +150,10 @@ class FP32:
     def norm_mlp(self, x, norm, mlp, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, the SwiGLU block's output on the normed stream), stream = x + residual."""
         stream, (gate, up) = self.norm_linears(x, norm, (mlp.gate_proj, mlp.up_proj), residual)
-        return stream, self.linear(_SwiGLU.apply(gate, up), mlp.down_proj)
+        return stream, self.linear(self.swiglu(gate, up), mlp.down_proj)
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return _SwiGLU.apply(gate, up)
 
     def head(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """fp32 logits."""
@@ -173,15 +187,23 @@ class BF16(FP32):
         if self._kept is None:
             return fused.bf16_linear(x, layer.weight, layer.bias)
         if layer.weight.device.type != "cpu":
-            return fused.bf16_linear(x, self._kept.rounded(layer), layer.bias)
-        bias = None if layer.bias is None else layer.bias.to(self.dtype).float()
-        return F.linear(x.float(), self._kept.widened(layer), bias).to(self.dtype)
+            return fused.bf16_linear(x, self._kept.rounded(layer), self._kept.rounded(layer, "bias"))
+        weight, bias = self._kept.widened(layer), self._kept.widened(layer, "bias")
+        return F.linear(x.float(), weight, bias).to(self.dtype)
+
+    def kernels_on(self, device):
+        # One for five or six: a step of one token is a chain of kernels, with little to do for each.
+        return self._kept is not None and device.type != "cpu"
 
     def norm(self, x, norm):
-        if self._kept is None or x.device.type == "cpu":
+        if not self.kernels_on(x.device):
             return super().norm(x, norm)
-        # One kernel for six: a step of one token is a chain of them, with little to do for each.
         return fused.fp8_rms_norm(x, norm.weight, norm.eps)
+
+    def swiglu(self, gate, up):
+        if not self.kernels_on(gate.device) or torch.is_grad_enabled():
+            return super().swiglu(gate, up)
+        return swiglu(gate.flatten(0, -2), up.flatten(0, -2)).view(gate.shape)
 
     def head(self, x, layer):
         if self._kept is None or layer.weight.device.type != "cpu":
@@ -190,8 +212,6 @@ class BF16(FP32):
 
 
 class FP8(BF16):
-    kernel_norm = True
-
     def __init__(self, save: Save = "columns", fp8_head: bool = False, fp8_cache: bool = False):
         super().__init__()
         self.save, self.fp8_head, self.fp8_cache = save, fp8_head, fp8_cache
@@ -209,6 +229,9 @@ class FP8(BF16):
 
     def attention_output(self, x, layer):
         return fused.fp8_linear(x, layer.weight, layer.bias, save="input", cache=self._cache(layer))
+
+    def kernels_on(self, device):
+        return True
 
     def norm(self, x, norm):
         return fused.fp8_rms_norm(x, norm.weight, norm.eps)

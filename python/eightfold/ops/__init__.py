@@ -2,13 +2,14 @@
 
 from eightfold.ops import _library
 from eightfold.ops._fallback import kernels_run_on
-from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.ops.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.attention import attention, paged_attention, paged_store_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
+    add_rms_norm,
     add_rms_norm_quantize,
     rms_norm,
     rms_norm_backward,
@@ -34,6 +35,7 @@ build_info = _library.build_info
 __all__ = [
     "QuantizedTensor",
     "adamw_dre_",
+    "add_rms_norm",
     "add_rms_norm_quantize",
     "attention",
     "block_attention",
@@ -63,6 +65,7 @@ __all__ = [
     "rotary",
     "rotary_backward_quantize",
     "sample",
+    "swiglu",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose",

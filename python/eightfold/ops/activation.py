@@ -1,4 +1,4 @@
-"""SwiGLU fused with the casts around it: h = gate * sigmoid(gate) * up, the input of an MLP's down projection.
+"""SwiGLU, alone or fused with casts: h = gate * sigmoid(gate) * up, the input of an MLP's down projection.
 
 Sources: COAT (arXiv 2410.19313, section 5) and DeepSeek-V3 (arXiv 2412.19437, section 3.3.3): gate and up are saved in
 FP8 and h is recomputed from them, so that a training step stores 2 bytes an element.
@@ -38,15 +38,23 @@ class SwigluGradients(NamedTuple):
     h_cols: QuantizedTensor
 
 
-def swiglu_quantize(gate: Tensor, up: Tensor, *, training: bool = False) -> SwigluCasts:
-    """``quantize(silu(gate) * up, (1, 128))`` from one read; with ``training`` also gate and up in FP8.
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """``silu(gate) * up`` (Shazeer, arXiv 2002.05202), for inference: it has no gradient.
 
     Args:
         gate, up: bfloat16 or float32 [tokens, features] of one dtype, last dimension contiguous, any row stride: both
             may be halves of one wider buffer.
 
-    h is computed in float32 and rounded once to gate's dtype before the cast. Raises RuntimeError for other dtypes,
-    shapes or layouts.
+    Returns [tokens, features] in gate's dtype, contiguous; computed in float32 and rounded once. Raises RuntimeError
+    for other dtypes, shapes or layouts.
+    """
+    return _ops.swiglu(gate, up)
+
+
+def swiglu_quantize(gate: Tensor, up: Tensor, *, training: bool = False) -> SwigluCasts:
+    """``quantize(silu(gate) * up, (1, 128))`` from one read; with ``training`` also gate and up in FP8.
+
+    Arguments and errors are those of ``swiglu``, whose result is cast.
     """
     codes, scales, *saved = _ops.swiglu_quantize(gate, up, training)
     h = QuantizedTensor(codes, scales, ROWS)
@@ -80,6 +88,11 @@ def swiglu_backward_quantize(
 def _empty_cast(like: Tensor, group: tuple[int, int]) -> tuple[Tensor, Tensor]:
     rows, cols = like.shape
     return layouts.empty_codes(rows, cols, group, like.device), layouts.empty_scales(rows, cols, group, like.device)
+
+
+@torch.library.register_fake("eightfold::swiglu")
+def _(gate, up):
+    return gate.new_empty(gate.shape)
 
 
 @torch.library.register_fake("eightfold::swiglu_quantize")

@@ -39,6 +39,15 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6) -> Tensor:
     return _ops.rms_norm(x, weight, eps, False)[0]
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
+    """``x + residual``, rounded to x's dtype, and ``rms_norm`` of that sum, from one read; for inference: it has no
+    gradient.
+
+    ``residual`` has x's shape and dtype; the rest as ``rms_norm``. Returns (sum, y), both as x.
+    """
+    return _ops.add_rms_norm(x, residual, weight, eps)
+
+
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float = 1e-6, *, training: bool = False) -> NormCasts:
     """``quantize(rms_norm(x))`` from one read; with ``training`` also what the backward pass needs.
 
@@ -119,6 +128,11 @@ def _empty_cast(like: Tensor, group: tuple[int, int], wanted: bool = True) -> tu
 def _(x, weight, eps, training):
     rstd = x.new_empty(x.shape[0] if training else 0, dtype=torch.float32)
     return x.new_empty(x.shape), *_empty_cast(x, ROWS, training), rstd
+
+
+@torch.library.register_fake("eightfold::add_rms_norm")
+def _(x, residual, weight, eps):
+    return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("eightfold::rms_norm_quantize")

@@ -3,13 +3,14 @@
 Each function has the name and the signature of its torch.ops.eightfold op.
 """
 
-from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
+from eightfold.reference.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
 from eightfold.reference.block_attention import block_attention
 from eightfold.reference.confidence import lm_head_confidence, uncover_
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
+    add_rms_norm,
     add_rms_norm_quantize,
     rms_norm,
     rms_norm_backward,
@@ -32,6 +33,7 @@ from eightfold.reference.sampling import sample
 
 __all__ = [
     "adamw_dre_",
+    "add_rms_norm",
     "add_rms_norm_quantize",
     "attention",
     "attention_backward",
@@ -60,6 +62,7 @@ __all__ = [
     "rotary",
     "rotary_backward_quantize",
     "sample",
+    "swiglu",
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose_codes",

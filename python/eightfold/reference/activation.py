@@ -1,4 +1,4 @@
-"""SwiGLU fused with casts, in plain torch (COAT, section 4; DeepSeek-V3 report, section 3.3.3).
+"""SwiGLU, alone and fused with casts, in plain torch (COAT, section 4; DeepSeek-V3 report, section 3.3.3).
 
     h = gate * sigmoid(gate) * up        in float32, rounded once to gate's dtype, then quantised
 
@@ -12,10 +12,15 @@ from torch import Tensor
 from eightfold.reference.quant import dequantize, quantize, quantize_both
 
 
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """h."""
+    g = gate.float()
+    return (g * torch.sigmoid(g) * up.float()).to(gate.dtype).contiguous()
+
+
 def swiglu_quantize(gate: Tensor, up: Tensor, training: bool) -> tuple[Tensor, ...]:
     """(codes, scales) of h, then those of gate and of up (size 0 unless ``training``), all in groups (1, 128)."""
-    g, u = gate.float(), up.float()
-    h = (g * torch.sigmoid(g) * u).to(gate.dtype)
+    h = swiglu(gate, up)
     if training:
         return *quantize(h, [1, 128]), *quantize(gate, [1, 128]), *quantize(up, [1, 128])
     nothing = [torch.empty((0, 0), dtype=t, device=h.device) for t in (torch.float8_e4m3fn, torch.float32) * 2]

@@ -30,6 +30,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, training: bool) -> tuple[Ten
     return y, *_codes_for_backward(x, training), rstd if training else _nothing(x, 1, torch.float32)
 
 
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(sum, y of sum), where sum = x + residual rounded to x's dtype."""
+    total = (x.float() + residual.float()).to(x.dtype).contiguous()
+    return total, rms_norm(total, weight, eps, False)[0]
+
+
 def rms_norm_quantize(x: Tensor, weight: Tensor, eps: float, training: bool) -> tuple[Tensor, ...]:
     """(codes, scales, col_codes, col_scales) of y in groups (1, 128) and (128, 1), (x_codes, x_scales) and rstd."""
     y, x_codes, x_scales, rstd = rms_norm(x, weight, eps, training)
