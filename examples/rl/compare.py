@@ -1,6 +1,6 @@
 """One configuration in several modes of precision and with several seeds: curves with their spread, and a table.
 
-    python examples/rl/compare.py examples/rl/simple_equations.yaml steps=50 --seeds 0 1 2 --jobs 3 --output out
+    python examples/rl/compare.py examples/rl/products.yaml steps=50 --seeds 0 1 2 --jobs 3 --output out
 
 Modes: bf16 (training and rollout in bf16), mixed (bf16 training, FP8 rollout), unified (FP8 both). Each run is a
 process with a folder of its own, OUTPUT/MODE-SEED, that holds its config.yaml, log.jsonl and output.txt. The same
