@@ -50,7 +50,7 @@ def test_sums_are_worked_out(tmp_path):
 
 
 def test_too_few_sums(tmp_path):
-    done = sums(tmp_path / "sums", "--train", 500, "--terms", 2, 2, "--digits", 1)
+    done = sums(tmp_path / "sums", "--train", 500, "--terms", 2, 2, "--largest", 9)
     assert done.returncode != 0
     assert done.stderr == "there are fewer than 1,500 such sums: ask for more terms\n"
 
