@@ -1,7 +1,7 @@
 """Writes OUTPUT/train.jsonl and OUTPUT/test.jsonl: sums worked out step by step, none of the test's among the others.
 
 A line is {"prompt": "37+48-12=", "completion": "85-12=73"}: each step takes the first two numbers together. No number
-is negative or has more digits than the terms may have. With --tiny, OUTPUT/model gets the config.json of a small model
+is negative or above --largest. With --tiny, OUTPUT/model gets the config.json of a small model
 and a tokenizer of single characters, with an end and a mask token.
 """
 
@@ -21,19 +21,19 @@ TINY = {
     "num_key_value_heads": 4,
     "head_dim": 32,
     "max_position_embeddings": 256,
+    "initializer_range": 0.06,
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
 
 
-def problem(draw: random.Random, terms: int, digits: int) -> tuple[str, str]:
+def problem(draw: random.Random, terms: int, largest: int) -> tuple[str, str]:
     """(prompt, completion) of a sum of so many terms."""
-    limit = 10**digits
-    total = draw.randrange(limit)
+    total = draw.randint(0, largest)
     numbers, rests = [str(total)], []
     for _ in range(terms - 1):
-        term = draw.randrange(max(total + 1, limit - total))
-        signs = [sign for sign in (1, -1) if 0 <= total + sign * term < limit]
+        term = draw.randint(0, max(total, largest - total))
+        signs = [sign for sign in (1, -1) if 0 <= total + sign * term <= largest]
         sign = draw.choice(signs)
         total += sign * term
         numbers.append(("+" if sign > 0 else "-") + str(term))
@@ -48,7 +48,7 @@ def write_problems(output: Path, options: argparse.Namespace) -> None:
     for name, count in (("test", options.test), ("train", options.train)):
         lines = []
         for _ in range(100 * count):
-            prompt, completion = problem(draw, draw.randint(low, high), options.digits)
+            prompt, completion = problem(draw, draw.randint(low, high), options.largest)
             if prompt not in seen:
                 seen.add(prompt)
                 lines.append(json.dumps({"prompt": prompt, "completion": completion}) + "\n")
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--train", type=int, default=200_000, help="sums to learn from")
     parser.add_argument("--test", type=int, default=1_000, help="sums held out")
     parser.add_argument("--terms", type=int, nargs=2, default=(2, 6), metavar=("LEAST", "MOST"))
-    parser.add_argument("--digits", type=int, default=2, help="of a number, at most")
+    parser.add_argument("--largest", type=int, default=99, help="number in a sum or its result")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tiny", action="store_true", help="also write a small model's config and tokenizer")
     options = parser.parse_args()

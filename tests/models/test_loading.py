@@ -56,6 +56,14 @@ def test_bf16_round_trip_and_dtype_argument(tmp_path):
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("longer", range(0, 16, 4))
+def test_weights_begin_where_ops_take_them(folder, longer):
+    """Whatever the length of the file's header, after which they lie."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt", "note": "x" * longer})
+    assert all(parameter.data_ptr() % 16 == 0 for parameter in load_decoder(folder)[0].parameters())
+
+
 @torch.no_grad()
 def test_sharded_folder(saved, tmp_path):
     reference, _ = saved("llama")

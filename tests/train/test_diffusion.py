@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dense_decoder import log_probs, parameters_of
 from eightfold.models import Decoder, DecoderConfig, load_decoder
@@ -361,7 +362,7 @@ def test_answers_of_a_jsonl_file(settings, tmp_path):
         ),
         ({"diffusion": {"mask_token": "<nix>"}}, "diffusion.mask_token: '<nix>' is no token of the model's tokenizer"),
         ({"diffusion": {"mask_token": 272}}, "diffusion.mask_token: expected an id from 0 to 271, got 272"),
-        ({"diffusion": {"block": 0}}, "key 'diffusion.block': input should be greater than 0"),
+        ({"diffusion": {"block": 1}}, "key 'diffusion.block': input should be greater than or equal to 2"),
         ({"diffusion": {"least_probability": 0}}, "key 'diffusion.least_probability': .* greater than 0"),
     ],
 )
@@ -375,6 +376,20 @@ def test_next_tokens_of_a_diffusion_model(settings, make_model, tmp_path):
     settings["model"]["path"] = str(make_model(tmp_path / "dllm", attention_block=0, mask_token_id=270))
     with pytest.raises(ValueError, match=r"objective=next-token: the model's attention is not causal \(attention_blo"):
         train(parse_config(settings))
+
+
+def test_a_llada_folder_goes_on(settings, make_model, tmp_path):
+    """Its own names and mask token; its logits are not shifted."""
+    llada = {"model_type": "llada", "num_key_value_heads": 4, "tie_word_embeddings": False, "mask_token_id": 270}
+    settings["model"]["path"] = str(make_model(tmp_path / "llada", **llada))
+    settings["objective"] = "masked-diffusion"
+    straight = train(parse_config(settings))
+    assert "model.transformer.wte.weight" in load_file(straight.checkpoint / "model.safetensors")
+    shutil.copytree(checkpoint.folder_of(tmp_path / "run", 3), checkpoint.folder_of(tmp_path / "again", 3))
+    resumed = train(parse_config({**settings, "output": str(tmp_path / "again"), "resume": "latest"}))
+    assert resumed.losses == straight.losses[3:]
+    config = load_decoder(resumed.checkpoint)[0].config
+    assert (config.model_type, config.attention_block, config.shifted_logits) == ("llada", 0, False)
 
 
 def test_named_mask_token(settings):

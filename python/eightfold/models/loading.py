@@ -138,9 +138,14 @@ def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: obj
 def _read_shard(file: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as shard:
-            return {key: shard.get_tensor(key) for key in shard.keys()}  # noqa: SIM118
+            return {key: _aligned(shard.get_tensor(key)) for key in shard.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """`tensor`, copied if need be to where the ops take it; in a file a tensor begins at any multiple of 8 bytes."""
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def build_decoder(

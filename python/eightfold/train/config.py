@@ -96,7 +96,7 @@ class DiffusionConfig(Section):
     shifted: bool | None = Field(
         None, description="row i predicts token i + 1; default: what the model does, true for next-token weights"
     )
-    block: PositiveInt = Field(32, description="tokens of a block, of block-diffusion")
+    block: int = Field(32, ge=2, description="tokens of a block, of block-diffusion")
     least_probability: float = Field(1e-3, gt=0, le=1, description="of a token to be masked")
     stratified: bool = Field(True, description="spread the noise levels of a step evenly, else draw each by itself")
     average: Literal["tokens", "answers"] = Field(
