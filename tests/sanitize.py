@@ -121,7 +121,8 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     starts = torch.tensor([0, *lengths], device="cuda").cumsum(0).int()
     tokens, count = sum(lengths), len(lengths)
     q, k, v = (torch.randn(tokens, h, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
-    out, lse = op.attention(q, k, v, starts, max(lengths), 0.1, True)
+    for mask in ((True, 32), (False, 1), (True, 1)):
+        out, lse = op.attention(q, k, v, starts, max(lengths), 0.1, *mask)
     op.attention_backward(out, q, k, v, out, lse, starts, max(lengths), 0.1, True)
     most = -(-max(lengths) // page_size)
     pages = torch.randperm(count * most, device="cuda", dtype=torch.int32).view(count, most)
@@ -149,7 +150,8 @@ def attends(lengths, heads, kv_heads, dim, page_size):
         begins = torch.tensor([0, *few], device="cuda").cumsum(0).int()
         sizes = torch.tensor(lengths, device="cuda", dtype=torch.int32)
         for cache in ((k_pages, v_pages, None, None), codes):
-            op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1)
+            for mask in ((True, 1), (True, 32), (False, 1)):
+                op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1, *mask)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 // softmax(scale * q k^T) v with one order of operations for a row, wherever and with whatever neighbours it is computed, so that training,
 // prefill and decoding over a paged cache give the same bits.
 //
-// For a query at position t of its sequence (causal: keys 0 to t; else all), keys in tiles of kAttentionTile and tiles in chunks of
+// For a query at position t of its sequence (keys that it sees: keys_seen()), keys in tiles of kAttentionTile and tiles in chunks of
 // kAttentionChunk, both counted from the sequence's first key:
 //
 //   of a chunk   m = -inf, l = 0, o = 0; for each tile, in order:
@@ -19,10 +19,22 @@
 #include <cstdint>
 
 #include "core/dtype.h"
+#include "core/fp8.h"
 
 namespace eightfold {
 
 constexpr int kAttentionTile = 128, kAttentionChunk = 512;
+
+// Who sees what: blocks of so many tokens, each of which sees the keys of its own block and of those before. 1 is the causal mask.
+constexpr int64_t kNoMask = 0, kCausal = 1, kMostBlock = 1 << 30;
+
+// Of a sequence of `keys` keys, how many the token at `position` sees: the first so many.
+template <class Int>
+EF_HD Int keys_seen(Int position, Int keys, Int block) {
+  if (block == kNoMask) return keys;
+  const Int end = block == kCausal ? position + 1 : (position / block + 1) * block;
+  return end < keys ? end : keys;
+}
 
 // A [tokens, heads, dim] tensor, dim contiguous; element strides.
 struct AttentionRows {
@@ -39,7 +51,7 @@ struct Attention {
   const int32_t* starts;       // [sequences + 1], rising from 0 to tokens; on the tensors' device
   int64_t sequences, longest;  // longest: no sequence has more tokens
   float scale;
-  bool causal;
+  int64_t block;  // kNoMask, or 1 to kMostBlock
 };
 
 struct AttentionBackward {
@@ -57,6 +69,7 @@ struct PagedAttention {
   const int32_t *pages, *starts, *lengths;
   int64_t sequences, most_pages, longest;  // longest: no sequence has more rows of q
   float scale;
+  int64_t block;  // as of Attention
 };
 
 void attention_cpu(const Attention& op);

@@ -114,7 +114,7 @@ void add_group(const Task& task, int64_t begin, int64_t end, int64_t tile, int64
   attention::multiply({q, width, 1}, {s.k_across.data(), kPanel, kPanel * width}, count, whole, width, p, kTile, false);
   attention::multiply({dout, width, 1}, {s.v_across.data(), kPanel, kPanel * width}, count, whole, width, ds, kTile, false);
   for (int64_t r = 0; r < count; ++r) {
-    const int64_t sees = forward.causal ? std::min(keys, begin + r / group + 1 - tile) : keys;
+    const int64_t sees = std::min(keys, keys_seen(begin + r / group, task.length, forward.block) - tile);
     gradients(p + r * kTile, ds + r * kTile, sees, whole, forward.scale * attention::kLog2E, s.lse[row + r], s.delta[row + r],
               forward.scale);
   }
@@ -132,7 +132,8 @@ void run(const Task& task, Scratch& s) {
     load_tile(task, tile, attention::padded(keys), s);
     std::fill(s.dk.begin(), s.dk.end(), 0.0f);
     std::fill(s.dv.begin(), s.dv.end(), 0.0f);
-    for (int64_t t = forward.causal ? tile : 0; t < task.length; t += task.tokens_at_once())
+    const int64_t first = forward.block == kNoMask ? 0 : tile / forward.block * forward.block;
+    for (int64_t t = first; t < task.length; t += task.tokens_at_once())
       add_group(task, t, std::min(task.length, t + task.tokens_at_once()), tile, keys, s);
     for (const auto& [sums, to] : {std::pair{&s.dk, &task.op.dk}, {&s.dv, &task.op.dv}})
       for (int64_t i = 0; i < keys; ++i)

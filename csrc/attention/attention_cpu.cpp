@@ -70,10 +70,13 @@ struct Queries {
   int64_t head, group, dim;               // query heads head to head + group
   attention::Source k, v;
   float factor;
-  bool causal;
+  int64_t mask;  // its block
 
   int64_t block() const { return std::clamp(kBlockRows / group / kGroup * kGroup, kGroup, kTile); }
-  int64_t sees(int64_t token, int64_t tile) const { return std::min(kTile, (causal ? token + 1 : length) - tile); }
+  int64_t sees(int64_t token) const { return keys_seen(token, length, mask); }
+  int64_t sees(int64_t token, int64_t tile) const { return std::min(kTile, sees(token) - tile); }
+  // The first token that sees a key.
+  int64_t first_to_see(int64_t key) const { return mask == kNoMask ? 0 : key / mask * mask; }
 };
 
 struct Scratch {
@@ -106,7 +109,7 @@ void attend(const Queries& op, int64_t base, int64_t begin, int64_t end, int64_t
     multiply_by(&s.o[(row + r) * width], width, before);
   }
   // Keys that all see, then each token's own: zeros times what it does not see would let a NaN through.
-  const int64_t shared = op.sees(begin, tile) == most ? most : begin / kGroup * kGroup - tile;
+  const int64_t shared = op.sees(begin, tile);
   const Right v{s.v.data(), kPanel, kPanel * kTile};
   attention::multiply({s.scores.data(), kTile, 1}, v, count, width, shared, &s.o[row * width], width, true);
   for (int64_t t = begin; t < end && shared < most; ++t) {
@@ -148,19 +151,19 @@ void write_row(const Queries& op, Scratch& s, int64_t row, int64_t token) {
 
 // Tokens begin to end, places in the sequence, of one block.
 void run_block(const Queries& op, int64_t begin, int64_t end, Scratch& s) {
-  const int64_t width = attention::padded(op.dim), sees = op.causal ? end : op.length;
+  const int64_t width = attention::padded(op.dim), sees = op.sees(end - 1);
   for (int64_t t = begin; t < end; ++t)
     for (int64_t h = 0; h < op.group; ++h)
       quant::widen(op.q.data, op.dtype, (op.first + t - op.position) * op.q.token_stride + (op.head + h) * op.q.head_stride, op.dim,
                    &s.q[((t - begin) * op.group + h) * width]);
   for (int64_t chunk = 0; chunk < sees; chunk += kChunk) {
-    const int64_t from = op.causal ? std::max(begin, chunk) : begin;  // the first token that sees some of it
+    const int64_t from = std::max(begin, op.first_to_see(chunk));
     std::fill(s.m.begin(), s.m.end(), -std::numeric_limits<float>::infinity());
     std::fill(s.l.begin(), s.l.end(), 0.0f);
     std::fill(s.o.begin(), s.o.end(), 0.0f);
     for (int64_t tile = chunk; tile < std::min(chunk + kChunk, sees); tile += kTile) {
       load_tile(op, tile, s);
-      for (int64_t t = op.causal ? std::max(from, tile) : from; t < end;) {
+      for (int64_t t = std::max(from, op.first_to_see(tile)); t < end;) {
         const bool all = op.sees(t, tile) == op.sees(end - 1, tile);
         const int64_t next = all ? t + std::max(kGroup, kScoreRows / op.group) : (t / kGroup + 1) * kGroup;
         attend(op, begin, t, std::min(end, next), tile, s);
@@ -226,7 +229,7 @@ void attention_cpu(const Attention& op) {
                    source(op.k, first, kv_head),
                    source(op.v, first, kv_head),
                    op.scale * attention::kLog2E,
-                   op.causal};
+                   op.block};
   });
 }
 
@@ -262,7 +265,7 @@ void paged_attention_cpu(const PagedAttention& op) {
                    source(op.k_pages, op.k_scales, s, kv_head),
                    source(op.v_pages, op.v_scales, s, kv_head),
                    op.scale * attention::kLog2E,
-                   true};
+                   op.block};
   });
 }
 

@@ -353,6 +353,7 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.kv_heads = static_cast<int32_t>(op.kv_heads), args.group = static_cast<int32_t>(op.heads / op.kv_heads);
   args.sequences = static_cast<int32_t>(op.sequences);
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
+  args.block = static_cast<int32_t>(op.block);
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);

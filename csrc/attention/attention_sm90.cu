@@ -51,8 +51,8 @@ struct Args {
   int64_t out_token_stride, out_head_stride, tokens;
   const int32_t* starts;
   int32_t heads, group, query_tiles, pairs, span, work;  // group: heads that share keys; query_tiles: of the longest sequence
+  int32_t block;                                         // of the mask
   float factor;
-  bool causal;
 };
 
 struct Work {
@@ -76,8 +76,12 @@ struct Work {
       keys = end - begin;
       first = tile * kTile;
     }
-    const int32_t seen = args.causal ? min(keys, first + kTile) : keys;
-    tiles = rows > 0 ? (seen + kTile - 1) / kTile : 0;
+    tiles = rows > 0 ? (sees(args, kTile - 1) + kTile - 1) / kTile : 0;
+  }
+  // Keys that one of its queries sees.
+  template <class Keys>
+  __device__ __forceinline__ int32_t sees(const Args<Keys>& args, int32_t place) const {
+    return keys_seen(first + place, keys, args.block);
   }
 };
 
@@ -142,6 +146,7 @@ __device__ __forceinline__ void multiply(const Args<Keys>& args, uint32_t shared
     if (work.tiles == 0) continue;
     barrier_wait(shared + C::kQueryFull + 8 * queries.stage, queries.parity);
     const uint32_t q = shared + queries.stage * C::kQueryBytes + group * 64 * 128;
+    const int32_t all_see = work.sees(args, 64 * group), sees[2] = {work.sees(args, place), work.sees(args, place + 8)};
     Rows<kDim> all, chunk;
     all.clear();
     chunk.clear();
@@ -154,9 +159,9 @@ __device__ __forceinline__ void multiply(const Args<Keys>& args, uint32_t shared
       pin_registers(scores);
       release(shared + C::kEmpty + 8 * at.stage);
       at.advance();
-      const int32_t kept = work.keys - tile * kTile, seen = work.first + place - tile * kTile + 1;
-      if (kept < kTile || (args.causal && work.first + 64 * group < (tile + 1) * kTile)) {
-        const int32_t limits[2] = {args.causal ? min(kept, seen) : kept, args.causal ? min(kept, seen + 8) : kept};
+      const int32_t kept = work.keys - tile * kTile;
+      if (all_see < (tile + 1) * kTile) {
+        const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
         hide(scores, limits, lane);
       }
       absorb<kDim>(chunk, scores, args.factor, weights);
@@ -247,6 +252,7 @@ Args<Keys> arguments(const Op& op, const Keys& keys) {
   args.pairs = static_cast<int32_t>(op.sequences * op.heads);
   args.span = static_cast<int32_t>(std::max<int64_t>(1, kCachedKeys / (op.longest * op.dim * 4))) * args.group;
   args.work = args.query_tiles * args.pairs;
+  args.block = static_cast<int32_t>(op.block);
   args.factor = op.scale * 1.4426950408889634f;
   return args;
 }
@@ -257,7 +263,6 @@ void attention_sm90(const Attention& op, void* stream) {
   if (op.tokens == 0) return;
   Args<PackedKeys> args = arguments(op, PackedKeys{});
   args.lse = op.lse;
-  args.causal = op.causal;
   const CUtensorMap k = rows_map(op.k, op.tokens, op.kv_heads, op.dim), v = rows_map(op.v, op.tokens, op.kv_heads, op.dim);
   launch_dim(op.q, op.dim, k, v, args, stream);
 }
@@ -266,9 +271,8 @@ namespace attention {
 
 void paged_rows_sm90(const PagedAttention& op, void* stream) {
   if (op.tokens == 0) return;
-  Args<PagedKeys> args = arguments(op, PagedKeys{op.pages, op.lengths, static_cast<int32_t>(op.most_pages),
-                                                 static_cast<int32_t>(op.page_size), static_cast<int32_t>(op.page_count)});
-  args.causal = true;
+  const Args<PagedKeys> args = arguments(op, PagedKeys{op.pages, op.lengths, static_cast<int32_t>(op.most_pages),
+                                                       static_cast<int32_t>(op.page_size), static_cast<int32_t>(op.page_count)});
   launch_dim(op.q, op.dim, pages_map(op.k_pages, op), pages_map(op.v_pages, op), args, stream);
 }
 

@@ -33,6 +33,7 @@ struct PagedArgs {
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   const int32_t* starts;
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group
+  int32_t block;                                               // of the mask
   float factor;
 };
 
@@ -120,13 +121,13 @@ struct Unit {
     const int32_t blocks = its.blocks(args);
     first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
     rows = min(queries * args.group - first, args.slots.rows);
-    seen = min(sees(args, kRows - 1), keys);
+    seen = sees(args, kRows - 1);
     chunks = Sequence::chunks_of(args, seen);
     chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
   }
   // Keys that one of its rows sees.
   __device__ __forceinline__ int32_t sees(const PagedArgs& args, int32_t place) const {
-    return keys - queries + (first + place) / args.group + 1;
+    return keys_seen(keys - queries + (first + place) / args.group, keys, args.block);
   }
   __device__ __forceinline__ bool folds() const { return chunk == 0; }
   __device__ __forceinline__ bool finishes() const { return chunk == 0 && end == chunks; }

@@ -69,8 +69,15 @@ const int32_t* starts_of(const Tensor& starts, const Tensor& q, int64_t longest,
   return values;
 }
 
+// The mask of an op: all see all, or each the keys of its block and of those before.
+int64_t mask_of(bool causal, int64_t block, const char* op) {
+  EF_CHECK(block >= 1 && block <= kMostBlock, op, ": block must be from 1 to ", kMostBlock, ", got ", block);
+  EF_CHECK(causal || block == 1, op, ": block must be 1 where causal is false, got ", block);
+  return causal ? block : kNoMask;
+}
+
 Attention forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t longest, double scale, bool causal,
-                     const char* op) {
+                     int64_t block, const char* op) {
   check_rows(q, op, "q");
   check_dtype(q, {ScalarType::BFloat16, ScalarType::Float}, op, "q");
   check_rows(k, op, "k");
@@ -86,14 +93,14 @@ Attention forward_of(const Tensor& q, const Tensor& k, const Tensor& v, const Te
   args.sequences = starts.size(0) - 1, args.longest = longest;
   EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
-  args.causal = causal;
+  args.block = mask_of(causal, block, op);
   return args;
 }
 
 std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& starts, int64_t longest, double scale,
-                                     bool causal) {
+                                     bool causal, int64_t block) {
   const char* op = "attention";
-  Attention args = forward_of(q, k, v, starts, longest, scale, causal, op);
+  Attention args = forward_of(q, k, v, starts, longest, scale, causal, block, op);
   check_sm90(q, op, "q"), check_sm90(k, op, "k"), check_sm90(v, op, "v");
   Tensor out = empty(q.sizes(), q.scalar_type(), q), lse = empty({args.heads, args.tokens}, ScalarType::Float, q);
   args.out = rows_of(out);
@@ -111,10 +118,10 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                                                       const Tensor& out, const Tensor& lse, const Tensor& starts, int64_t longest,
-                                                      double scale, bool causal) {
+                                                      double scale, bool causal, int64_t block) {
   const char* op = "attention_backward";
   AttentionBackward args{};
-  args.forward = forward_of(q, k, v, starts, longest, scale, causal, op);
+  args.forward = forward_of(q, k, v, starts, longest, scale, causal, block, op);
   for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_rows(*t, op, name);
     check_like(*t, q, {q.size(0), q.size(1), q.size(2)}, op, name);
@@ -186,7 +193,7 @@ void check_pages(const PagedAttention& args, const char* op) {
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
                        const std::optional<Tensor>& v_scales, const Tensor& pages, const Tensor& starts, const Tensor& lengths,
-                       int64_t longest, double scale) {
+                       int64_t longest, double scale, bool causal, int64_t block) {
   const char* op = "paged_attention";
   check_rows(q, op, "q");
   check_dtype(q, {ScalarType::BFloat16, ScalarType::Float}, op, "q");
@@ -208,6 +215,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   args.page_count = cache.count(), args.page_size = cache.page_size();
   EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
+  args.block = mask_of(causal, block, op);
   Tensor out = empty(q.sizes(), q.scalar_type(), q);
   args.q = rows_of(q), args.out = rows_of(out);
 #ifdef EIGHTFOLD_WITH_CUDA

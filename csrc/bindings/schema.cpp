@@ -43,13 +43,15 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "codes, Tensor scales, Tensor col_codes, Tensor col_scales, Tensor dbias)");
 
   // attention: packed sequences, and a cache in pages
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor starts, int longest, float scale, bool causal=True) -> (Tensor out, Tensor lse)");
+  m.def(
+      "attention(Tensor q, Tensor k, Tensor v, Tensor starts, int longest, float scale, bool causal=True, int block=1) -> (Tensor out, "
+      "Tensor lse)");
   m.def(
       "attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor starts, int longest, float scale, "
-      "bool causal=True) -> (Tensor dq, Tensor dk, Tensor dv)");
+      "bool causal=True, int block=1) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor pages, Tensor starts, "
-      "Tensor lengths, int longest, float scale) -> Tensor");
+      "Tensor lengths, int longest, float scale, bool causal=True, int block=1) -> Tensor");
   m.def(
       "paged_store_(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor "
       "slots) -> ()");

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_cases import DTYPES, LENGTHS, exact, packed, relative, skip_what_cuda_lacks, starts_of
+from attention_cases import DTYPES, LENGTHS, MASKS, exact, packed, relative, skip_what_cuda_lacks, starts_of
 from eightfold import reference
 from eightfold.ops import attention
 
@@ -13,19 +13,19 @@ TOLERANCE = {torch.bfloat16: 3e-3, torch.float32: 2e-6}  # of the norm: half a b
 ROUNDED_TWICE = 4e-3  # torch's backward kernel on CUDA multiplies bf16 weights and bf16 gradients of scores
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("causal", "block"), MASKS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_against_float64(shape, dtype, causal, device):
+def test_against_float64(shape, dtype, causal, block, device):
     skip_what_cuda_lacks(device, dtype, shape[2])
     *inputs, starts = packed(LENGTHS, *shape, dtype, device)
     wide = [x.double().requires_grad_() for x in inputs]
-    expected = exact(*wide, starts, causal=causal)
+    expected = exact(*wide, starts, causal=causal, block=block)
     grad = torch.randn_like(expected).to(dtype)
     expected_grads = torch.autograd.grad(expected, wide, grad.double())
 
     leaves = [x.requires_grad_() for x in inputs]
-    out, lse = attention(*leaves, starts=starts, longest=700, causal=causal, return_lse=True)
+    out, lse = attention(*leaves, starts=starts, longest=700, causal=causal, block=block, return_lse=True)
     assert out.is_contiguous()
     assert out.dtype == dtype
     assert not lse.requires_grad
@@ -34,7 +34,7 @@ def test_against_float64(shape, dtype, causal, device):
         assert ours.dtype == dtype
         assert relative(ours, want) < (ROUNDED_TWICE if device.type == "cuda" else TOLERANCE[dtype])
 
-    options = starts, 700, shape[2] ** -0.5, causal
+    options = starts, 700, shape[2] ** -0.5, causal, block
     plain, plain_lse = reference.attention(*inputs, *options)
     torch.testing.assert_close(lse, plain_lse.detach(), rtol=1e-6, atol=1e-5)
     assert relative(plain, expected) < TOLERANCE[dtype]
@@ -48,11 +48,12 @@ def test_every_row(dtype, device):
     """Each row by itself, so that a wrong one cannot hide among thousands."""
     skip_what_cuda_lacks(device, dtype, 64)
     *inputs, starts = packed([1, 17, 127, 300, 1030], 6, 2, 64, dtype, device)
-    for causal in (True, False):
-        expected = exact(*inputs, starts, causal=causal)
-        error = (attention(*inputs, starts=starts, causal=causal).double() - expected).norm(dim=-1)
+    for causal, block in MASKS:
+        expected = exact(*inputs, starts, causal=causal, block=block)
+        out = attention(*inputs, starts=starts, causal=causal, block=block)
+        error = (out.double() - expected).norm(dim=-1)
         bound = 5e-6 if dtype == torch.float32 else 1e-2
-        assert (error < bound * expected.norm(dim=-1)).all()
+        assert (error < bound * expected.norm(dim=-1)).all(), f"causal {causal}, block {block}"
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -159,6 +160,9 @@ def test_nan_reaches_what_sees_it(dtype):
         out = attention(q, k, v, starts=starts)
         assert torch.equal(out[:at], clean[:at])
         assert out[at:].isnan().all()
+        seen, whole = at // 40 * 40, attention(q, k, v, starts=starts, block=40)
+        assert whole[:seen].isfinite().all()
+        assert whole[seen:].isnan().all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,7 +181,7 @@ def test_threads_change_no_bits(dtype):
 
 def test_torch_citizen(device):
     *inputs, starts = packed([9, 130], 4, 2, 64, torch.bfloat16, device)
-    options = starts, 130, 0.125, True
+    options = starts, 130, 0.125, True, 32
     torch.library.opcheck(ops.attention.default, (*inputs, *options))
     out, lse = ops.attention(*inputs, *options)
     if device.type == "cpu":  # its CUDA kernel is the reference, which reads starts on the host
@@ -233,6 +237,9 @@ def test_cuda_graph():
         ({"starts": torch.tensor([0, 9]).int()}, ": starts must end with the 10 rows of q, got 9"),
         ({"longest": 5}, ": longest must be at least the 6 rows of sequence 1, got 5"),
         ({"longest": -1}, ": longest must be at least 0, got -1"),
+        ({"block": 0}, ": block must be from 1 to 1073741824, got 0"),
+        ({"block": 2**30 + 1}, ": block must be from 1 to 1073741824, got 1073741825"),
+        ({"causal": False, "block": 32}, ": block must be 1 where causal is false, got 32"),
     ],
 )
 def test_errors(change, message):

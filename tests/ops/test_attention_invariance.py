@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_cases import DTYPES, Cache, packed, skip_what_cuda_lacks, starts_of, takes_pages_of
+from attention_cases import DTYPES, MASKS, Cache, packed, skip_what_cuda_lacks, starts_of, takes_pages_of
 from eightfold.ops import attention
 
 ops = torch.ops.eightfold
@@ -134,13 +134,31 @@ def test_heads(dtype, device):
         assert torch.equal(one[:, 0], whole[:, head])
 
 
-@pytest.mark.parametrize("causal", [True, False])
-def test_rows_without_a_mask(causal, device):
-    """Without causality, too, sequences are computed alike wherever they stand."""
-    lengths = [129, 513, 31]
+@pytest.mark.parametrize(("causal", "block"), MASKS)
+def test_masks(causal, block, device):
+    """With every mask sequences are computed alike wherever they stand, and over pages: their last rows or all."""
+    lengths, options = [129, 513, 31], {"causal": causal, "block": block}
     q, k, v, starts = packed(lengths, 7, 1, 64, torch.bfloat16, device)
-    out, lse = attention(q, k, v, starts=starts, causal=causal, return_lse=True)
+    out, lse = attention(q, k, v, starts=starts, **options, return_lse=True)
     middle = [x[129:642] for x in (q, k, v)]
-    one, one_lse = attention(*middle, starts=starts_of([513], device), causal=causal, return_lse=True)
+    one, one_lse = attention(*middle, starts=starts_of([513], device), **options, return_lse=True)
     assert torch.equal(out[129:642], one)
     assert torch.equal(lse[:, 129:642], one_lse)
+    cache = Cache(lengths, 1, 64, torch.bfloat16, device, 64)
+    cache.store(k, v, starts)
+    for most in (1, 9, 31, 513):
+        rows = [min(n, most) for n in lengths]
+        index = [torch.arange(end - n, end, device=device) for end, n in zip(starts.tolist()[1:], rows, strict=True)]
+        over = cache.attend(q[torch.cat(index)], starts_of(rows, device), lengths, most, **options)
+        assert torch.equal(over, out[torch.cat(index)]), f"{most} rows of a sequence"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_one_block_is_no_mask(dtype, device):
+    """Bits of a mask that hides nothing, and of a block that is the whole of a sequence."""
+    skip_what_cuda_lacks(device, dtype)
+    q, k, v, starts = packed([300, 5, 129], 4, 2, 64, dtype, device)
+    whole = attention(q, k, v, starts=starts, causal=False)
+    for block in (300, 512, 2**30):
+        assert torch.equal(attention(q, k, v, starts=starts, block=block), whole)
+    assert torch.equal(attention(q, k, v, starts=starts, block=1), attention(q, k, v, starts=starts))

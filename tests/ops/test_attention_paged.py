@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attention_cases import DTYPES, LENGTHS, Cache, exact, packed, relative, skip_what_cuda_lacks, starts_of
+from attention_cases import DTYPES, LENGTHS, MASKS, Cache, exact, packed, relative, skip_what_cuda_lacks, starts_of
 from cast_bytes import assert_same
 from eightfold import ops as public
 from eightfold import reference
@@ -60,6 +60,25 @@ def test_codes_are_their_values(shape, page_size, dtype, device):
         want, _ = last_rows(expected, starts, lengths, most)
         assert torch.equal(cache.attend(rows, begins, lengths, most), want), f"codes, {most} rows of a sequence"
         assert torch.equal(wide.attend(rows, begins, lengths, most), want), f"wide pages, {most} rows of a sequence"
+
+
+@pytest.mark.parametrize(("causal", "block"), MASKS[1:])
+@pytest.mark.parametrize("shape", [(4, 4, 64), (7, 1, 128)], ids=str)
+def test_masks_against_float64(shape, causal, block, device):
+    """The last rows under other masks than the causal one, over bfloat16 and E4M3 pages."""
+    q, k, v, starts = packed(LENGTHS, *shape, torch.bfloat16, device)
+    for codes in (False, True):
+        cache = Cache(LENGTHS, *shape[1:], torch.bfloat16, device, 16, codes)
+        cache.store(k, v, starts)
+        expected = exact(q, *(cache.values(LENGTHS) if codes else (k, v)), starts, causal=causal, block=block)
+        lengths = torch.tensor(LENGTHS, dtype=torch.int32, device=device)
+        for most in (8, 40, 700):
+            rows, begins = last_rows(q, starts, LENGTHS, most)
+            want, _ = last_rows(expected, starts, LENGTHS, most)
+            mask = {"causal": causal, "block": block}
+            assert relative(cache.attend(rows, begins, LENGTHS, most, **mask), want) < 3e-3
+            options = cache.pages, begins, lengths, most, shape[2] ** -0.5
+            assert relative(reference.paged_attention(rows, *cache.tensors, *options, **mask), want) < 3e-3
 
 
 @pytest.mark.parametrize("codes", [False, True])
@@ -213,6 +232,7 @@ def test_cuda_graph():
         ({"pages": torch.tensor([[-1, 2, 1]]).int()}, r": pages must be from 0 to 5, got -1 at \[0, 0\]"),
         ({"starts": torch.tensor([0, 4]).int()}, ": starts must end with the 5 rows of q, got 4"),
         ({"longest": 4}, ": longest must be at least the 5 rows of sequence 0, got 4"),
+        ({"block": -1}, ": block must be from 1 to 1073741824, got -1"),
     ],
 )
 def test_errors(change, message):

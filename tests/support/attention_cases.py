@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 DTYPES = [torch.bfloat16, torch.float32]
 LENGTHS = [1, 31, 128, 0, 129, 513, 700]
+MASKS = [(True, 1), (False, 1), (True, 32), (True, 200)]  # causal, block
 
 
 def takes_pages_of(device, page_size):
@@ -33,13 +34,18 @@ def packed(lengths, heads, kv_heads, dim, dtype, device="cpu"):
     return *tensors, starts_of(lengths, device)
 
 
-def exact(q, k, v, starts, scale=None, causal=True):
+def exact(q, k, v, starts, scale=None, causal=True, block=1):
     """torch's own attention of each sequence, in float64."""
     heads = q.shape[1] // k.shape[1]
     q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
     k, v = (x.repeat_interleave(heads, 0) for x in (k, v))
+
+    def mask(tokens):
+        at = torch.arange(tokens, device=q.device) // block
+        return at[None] <= at[:, None] if causal else None
+
     parts = [
-        F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], is_causal=causal, scale=scale)
+        F.scaled_dot_product_attention(q[:, a:b], k[:, a:b], v[:, a:b], attn_mask=mask(b - a), scale=scale)
         for a, b in pairwise(starts.tolist())
         if a < b
     ]
@@ -91,8 +97,9 @@ class Cache:
             made.append(torch.cat([x[:n] for x, n in zip(owned, lengths, strict=True)]))
         return made
 
-    def attend(self, q, starts, lengths, longest=None, scale=None):
+    def attend(self, q, starts, lengths, longest=None, scale=None, causal=True, block=1):
         device = q.device
         lengths = torch.as_tensor(lengths, dtype=torch.int32, device=device)
         longest, scale = longest or q.shape[0], scale or q.shape[-1] ** -0.5
-        return torch.ops.eightfold.paged_attention(q, *self.tensors, self.pages, starts, lengths, longest, scale)
+        options = longest, scale, causal, block
+        return torch.ops.eightfold.paged_attention(q, *self.tensors, self.pages, starts, lengths, *options)

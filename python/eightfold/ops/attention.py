@@ -16,10 +16,11 @@ _ops = torch.ops.eightfold
 _BACKWARD = "eightfold::attention_backward"
 
 
-def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True):
-    """torch's flash kernel, fed with what our forward pass gave. Its deterministic form: DESIGN asks for one result."""
-    if q.dtype != torch.bfloat16 or q.numel() == 0 or k.numel() == 0:
-        return reference.attention_backward(dout, q, k, v, out, lse, starts, longest, scale, causal)
+def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True, block=1):
+    """torch's flash kernel, fed with what our forward pass gave. Its deterministic form: DESIGN asks for one result. It
+    knows no blocks: those take the definition in torch."""
+    if q.dtype != torch.bfloat16 or q.numel() == 0 or k.numel() == 0 or block != 1:
+        return reference.attention_backward(dout, q, k, v, out, lse, starts, longest, scale, causal, block)
     nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True)
@@ -46,6 +47,7 @@ def attention(
     longest: int | None = None,
     scale: float | None = None,
     causal: bool = True,
+    block: int = 1,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v, each sequence by itself; query heads share KV heads in order (heads a multiple of
@@ -61,12 +63,16 @@ def attention(
             launch on CUDA, no number.
         scale: of the scores, more than 0; default dim ** -0.5.
         causal: a token sees itself and what is before it; else all of its sequence.
+        block: with causal, a token sees its block of so many tokens, counted from the sequence's first, and the blocks
+            before: key j is seen by query i iff j // block <= i // block. 1 to 2^30; 1 where causal is False.
         return_lse: also returns the natural log-sum-exp of each row's scores, float32 [heads, rows], not
             differentiable.
 
     Returns a contiguous tensor of q's shape and dtype. Differentiable once in q, k and v; the gradients do not depend
-    on threads. Raises RuntimeError for other dtypes, shapes, devices or layouts and, on the CPU, starts that do not
-    rise from 0 to tokens; ValueError for starts beside a batch, or their lack beside packed sequences.
+    on threads. On CUDA those with a block above 1 are the definition in torch: fp32 scores [heads, tokens, tokens] of a
+    sequence at a time, starts read on the host. Raises RuntimeError for other dtypes, shapes, devices or layouts and,
+    on the CPU, starts that do not rise from 0 to tokens; ValueError for starts beside a batch, or their lack beside
+    packed sequences.
     """
     shape = q.shape
     if (starts is None) != (q.ndim == 4):
@@ -84,9 +90,9 @@ def attention(
     longest = q.shape[0] if longest is None else longest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        out, lse = _Attention.apply(q, k, v, starts, longest, scale, causal)
+        out, lse = _Attention.apply(q, k, v, starts, longest, scale, causal, block)
     else:
-        out, lse = _ops.attention(q, k, v, starts, longest, scale, causal)
+        out, lse = _ops.attention(q, k, v, starts, longest, scale, causal, block)
     return (out.view(shape), lse) if return_lse else out.view(shape)
 
 
@@ -102,9 +108,11 @@ def paged_attention(
     v_scales: Tensor | None = None,
     longest: int | None = None,
     scale: float | None = None,
+    causal: bool = True,
+    block: int = 1,
 ) -> Tensor:
-    """Causal attention of the last rows of each sequence over all of its keys, which lie in pages: one row when
-    decoding, many in a prefill. The bits are those of ``attention`` over the same keys.
+    """Attention of the last rows of each sequence over its keys, which lie in pages: one row when decoding, many in a
+    prefill. The bits are those of ``attention`` over the same keys.
 
     Args:
         q: bfloat16, or float32 on the CPU, [tokens, heads, dim] as for ``attention``.
@@ -118,13 +126,15 @@ def paged_attention(
             bfloat16(code * scale).
         longest: at least the rows of q of every sequence; default: tokens. Decides the launch on CUDA, no number.
         scale: of the scores, more than 0; default dim ** -0.5.
+        causal, block: as for ``attention``, positions and blocks counted from a sequence's first key.
 
     Returns a contiguous tensor of q's shape and dtype; it has no gradient. Raises RuntimeError for other dtypes,
     shapes, devices or layouts and, on the CPU, for lengths or page numbers out of range.
     """
     longest = q.shape[0] if longest is None else longest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale)
+    options = longest, scale, causal, block
+    return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, *options)
 
 
 def paged_store_(
@@ -152,8 +162,8 @@ def paged_store_(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(q, k, v, starts, longest, scale, causal):
-        return _ops.attention(q, k, v, starts, longest, scale, causal)
+    def forward(q, k, v, starts, longest, scale, causal, block):
+        return _ops.attention(q, k, v, starts, longest, scale, causal, block)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -165,21 +175,21 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        return *_ops.attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+        return *_ops.attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 @torch.library.register_fake("eightfold::attention")
-def _(q, k, v, starts, longest, scale, causal=True):
+def _(q, k, v, starts, longest, scale, causal=True, block=1):
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
 
 @torch.library.register_fake("eightfold::attention_backward")
-def _(dout, q, k, v, out, lse, starts, longest, scale, causal=True):
+def _(dout, q, k, v, out, lse, starts, longest, scale, causal=True, block=1):
     return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
 
 @torch.library.register_fake("eightfold::paged_attention")
-def _(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale):
+def _(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1):
     return q.new_empty(q.shape)
 
 

@@ -18,14 +18,15 @@ def _heads_first(x: Tensor, heads: int) -> Tensor:
     return wide.repeat_interleave(heads // x.shape[1], dim=0)
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:
-    """[heads, rows, keys]; the rows are the last of the sequence, and see themselves and what is before them."""
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool, block: int) -> Tensor:
+    """[heads, rows, keys]; the rows are the last of the sequence. Causal: each sees its block of ``block`` tokens,
+    counted from the sequence's first, and those before."""
     z = (_heads_first(q, q.shape[1]) @ _heads_first(k, q.shape[1]).mT) * scale
     if not causal:
         return z
     rows, keys = z.shape[1:]
-    hidden = torch.ones(rows, keys, dtype=torch.bool, device=z.device).triu(keys - rows + 1)
-    return z.masked_fill(hidden, -torch.inf)
+    own = torch.arange(keys, device=z.device) // block
+    return z.masked_fill(own > own[keys - rows :, None], -torch.inf)
 
 
 def _ranges(starts: Tensor) -> list[slice]:
@@ -33,7 +34,14 @@ def _ranges(starts: Tensor) -> list[slice]:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int, scale: float, causal: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool = True,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T) v of packed sequences: rows starts[s] to starts[s + 1] of q [tokens, heads, dim] and k, v
     [tokens, kv_heads, dim]. ``longest`` bounds the sequences' lengths and changes nothing.
@@ -44,7 +52,7 @@ def attention(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(heads, tokens, dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for rows in _ranges(starts):
-        z = _scores(q[rows], k[rows], scale, causal)
+        z = _scores(q[rows], k[rows], scale, causal, block)
         out[rows] = (z.softmax(-1) @ _heads_first(v[rows], heads)).transpose(0, 1).to(q.dtype)
         lse[:, rows] = z.logsumexp(-1)
     return out, lse
@@ -61,6 +69,7 @@ def attention_backward(
     longest: int,
     scale: float,
     causal: bool = True,
+    block: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attention`` from its own results: p = exp(scores - lse) and delta, a row's sum of dout * out."""
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -71,7 +80,7 @@ def attention_backward(
 
     for rows in _ranges(starts):
         queries, keys, values, grad, result = (_heads_first(x[rows], heads) for x in (q, k, v, dout, out))
-        p = (_scores(q[rows], k[rows], scale, causal) - lse[:, rows, None]).exp()
+        p = (_scores(q[rows], k[rows], scale, causal, block) - lse[:, rows, None]).exp()
         ds = p * (grad @ values.mT - (grad * result).sum(-1, keepdim=True)) * scale
         dq[rows] = (ds @ keys).transpose(0, 1).to(q.dtype)
         dk[rows] = shared(ds.mT @ queries).to(k.dtype)
@@ -99,8 +108,10 @@ def paged_attention(
     lengths: Tensor,
     longest: int,
     scale: float,
+    causal: bool = True,
+    block: int = 1,
 ) -> Tensor:
-    """Causal attention of the last rows of sequences, starts[s] to starts[s + 1] of q [tokens, heads, dim], over the
+    """Attention of the last rows of sequences, starts[s] to starts[s + 1] of q [tokens, heads, dim], over the
     lengths[s] keys, theirs included, that lie in pages[s]: [page, kv_heads, page_size, dim].
 
     Pages of E4M3 codes hold bfloat16(code * scale), scales [page, kv_heads, page_size].
@@ -111,7 +122,7 @@ def paged_attention(
             continue
         k = _gather(k_pages, k_scales, numbers, length)
         v = _heads_first(_gather(v_pages, v_scales, numbers, length), q.shape[1])
-        z = _scores(q[rows], k, scale, True)
+        z = _scores(q[rows], k, scale, causal, block)
         out[rows] = (z.softmax(-1) @ v).transpose(0, 1).to(q.dtype)
     return out
 
