@@ -285,7 +285,7 @@ SIZES = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidd
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type: expected one of llama, qwen2, qwen3, got 'gpt2'"),
+        ({"model_type": "gpt2"}, "model_type: expected one of llama, qwen2, qwen3, llada, dream, got 'gpt2'"),
         ({"model_type": None}, "model_type: .* got None"),
         ({"hidden_size": None}, "config: missing hidden_size"),
         ({"hidden_size": "32"}, "hidden_size: expected a positive integer, got '32'"),

@@ -99,7 +99,7 @@ def test_missing_weights_file(folder):
 
 def test_config_of_another_model(folder):
     edit_config(folder, model_type="mamba")
-    with pytest.raises(ValueError, match=r"config.json: model_type: expected one of llama, qwen2, qwen3, got 'mamba'"):
+    with pytest.raises(ValueError, match=r"config.json: model_type: expected one of .*, dream, got 'mamba'"):
         load_decoder(folder)
 
 

@@ -1,4 +1,4 @@
-"""Language models: one decoder for Llama, Qwen2 and Qwen3, read from Hugging Face folders and GGUF files."""
+"""Language models: one decoder for Llama, Qwen2, Qwen3, LLaDA and Dream, from Hugging Face folders and GGUF files."""
 
 from eightfold.models.attention import KVCache
 from eightfold.models.config import DecoderConfig

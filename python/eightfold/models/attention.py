@@ -27,15 +27,50 @@ def document_segments(document_ids: torch.Tensor) -> tuple[torch.Tensor, torch.T
 
 
 def attention_bias(
-    tokens: int, past: int, segments: torch.Tensor | None, dtype: torch.dtype, device: torch.device
+    tokens: int,
+    past: int,
+    documents: tuple[torch.Tensor, torch.Tensor] | None,
+    block: int,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor | None:
-    """Additive mask [B or 1, 1, tokens, past + tokens], 0 or -inf; None where the kernels' own causal mask will do."""
-    if segments is None and (past == 0 or tokens == 1):
+    """Additive mask [B or 1, 1, tokens, past + tokens], 0 or -inf; None where the kernels' own masks will do: a causal
+    one for `block` 1, none for 0. `block`: DecoderConfig.attention_block; `documents`: `document_segments`, of which
+    each is a sequence of its own."""
+    if documents is None and (block == 0 or tokens == 1 or (block == 1 and past == 0)):
         return None
-    visible = torch.ones(tokens, past + tokens, dtype=torch.bool, device=device).tril(past)[None]
+    index = torch.arange(past + tokens, device=device)[None] if documents is None else documents[0]
+    visible = torch.ones(1, tokens, past + tokens, dtype=torch.bool, device=device)
+    if block > 0:
+        visible = index[:, None, :] // block <= index[:, past:, None] // block
+    if documents is not None:
+        visible = visible & (documents[1][:, :, None] == documents[1][:, None, :])
+    return _as_bias(visible, dtype)
+
+
+def block_diffusion_bias(
+    index: torch.Tensor, segments: torch.Tensor | None, block: int, dtype: torch.dtype
+) -> torch.Tensor:
+    """Additive mask [B, 1, 2 T, 2 T] of noisy tokens and, behind them, the same T tokens clean (block diffusion: arXiv
+    2503.09573, section 3.2). A noisy token sees its own block's noisy tokens and the clean ones of the blocks before; a
+    clean token the clean ones of its own block and those before.
+
+    index [B, T]: place of each token in its document, whose blocks of `block` tokens count from its beginning; segments
+    [B, T]: its document, None where each row is one.
+    """
+    numbers = index // block
+    query, key = numbers[:, :, None], numbers[:, None, :]
+    same, before = query == key, query > key
     if segments is not None:
-        visible = visible & (segments[:, :, None] == segments[:, None, :])
-    bias = torch.zeros(visible.shape, dtype=dtype, device=device)
+        one = segments[:, :, None] == segments[:, None, :]
+        same, before = same & one, before & one
+    noisy = torch.cat([same, before], dim=2)
+    clean = torch.cat([torch.zeros_like(same), same | before], dim=2)
+    return _as_bias(torch.cat([noisy, clean], dim=1), dtype)
+
+
+def _as_bias(visible: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    bias = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
     return bias.masked_fill_(~visible, float("-inf"))[:, None]
 
 
@@ -67,14 +102,17 @@ class _CpuAttention(torch.autograd.Function):
         return *(g.to(q.dtype) for g in grads), None, None
 
 
-def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def whole_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: torch.Tensor | None, causal: bool = True
+) -> torch.Tensor:
     """softmax(q k^T / sqrt(D)) v.
 
     q [B, T, heads, D]; k, v [B, S, kv_heads, D], S >= T, the queries being the last T of the S tokens. `bias` comes
-    from `attention_bias`. Returns [B, T, heads * D] in the dtype of q.
+    from `attention_bias`; without one all is seen or, where T > 1, `causal` masks. Returns [B, T, heads * D] in the
+    dtype of q.
     """
     batch, tokens, heads, dim = q.shape
-    causal = bias is None and tokens > 1
+    causal = causal and bias is None and tokens > 1
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     if q.device.type == "cpu":
         out, _ = _CpuAttention.apply(q, k, v, bias, causal)
@@ -84,7 +122,7 @@ def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bias: to
             # The kernel that takes a bias knows no grouped heads; without the copy torch would store all the scores.
             k, v = (x.repeat_interleave(heads // x.shape[1], dim=1) for x in (k, v))
             grouped = False
-        with sdpa_kernel(_TRAINING, set_priority=True) if causal and q.requires_grad else nullcontext():
+        with sdpa_kernel(_TRAINING, set_priority=True) if bias is None and q.requires_grad else nullcontext():
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, is_causal=causal, enable_gqa=grouped)
     return out.transpose(1, 2).reshape(batch, tokens, heads * dim)
 
@@ -122,30 +160,32 @@ class KVCache:
 
 
 class Whole:
-    """Attends a batch of sequences of one length: by `attention_bias`, after what `cache` holds."""
+    """Attends a batch of sequences of one length: by `attention_bias`, after what `cache` holds; without a bias, all or
+    (`causal`) what is before."""
 
-    def __init__(self, bias: torch.Tensor | None, cache: KVCache | None):
-        self.bias, self.cache = bias, cache
+    def __init__(self, bias: torch.Tensor | None, cache: KVCache | None, causal: bool = True):
+        self.bias, self.cache, self.causal = bias, cache, causal
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [B, T, heads, D], k and v [B, T, kv_heads, D] of a layer -> [B, T, heads * D]."""
         if self.cache is not None:
             k, v = self.cache.append(layer, k, v)
-        return causal_attention(q, k, v, self.bias)
+        return whole_attention(q, k, v, self.bias, self.causal)
 
 
 class Packed:
     """Attends sequences that lie one behind the other in a batch of one: rows starts[s] to starts[s + 1] are one.
 
-    starts int32 [sequences + 1] on the device; longest: no sequence is longer.
+    starts int32 [sequences + 1] on the device; longest: no sequence is longer; causal: else all of a sequence is seen.
     """
 
-    def __init__(self, starts: torch.Tensor, longest: int):
-        self.starts, self.longest = starts, longest
+    def __init__(self, starts: torch.Tensor, longest: int, causal: bool = True):
+        self.starts, self.longest, self.causal = starts, longest, causal
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
-        return attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest).flatten(1)[None]
+        out = attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest, causal=self.causal)
+        return out.flatten(1)[None]
 
 
 class PagedCache:

@@ -1,4 +1,4 @@
-"""DecoderConfig: the sizes and switches of a Llama, Qwen2 or Qwen3 decoder, read from and written to config.json."""
+"""DecoderConfig: the sizes and switches of a Llama, Qwen2, Qwen3, LLaDA or Dream decoder, from and to config.json."""
 
 from __future__ import annotations
 
@@ -6,9 +6,18 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-MODEL_TYPES = ("llama", "qwen2", "qwen3")
+from eightfold.models.llada import config_from_llada, config_to_llada
+
+AUTOREGRESSIVE_TYPES = ("llama", "qwen2", "qwen3")
+MODEL_TYPES = (*AUTOREGRESSIVE_TYPES, "llada", "dream")
 ROPE_TYPES = ("default", "linear", "llama3")
-_ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "llada": "LLaDAModelLM",
+    "dream": "DreamModel",
+}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
@@ -19,7 +28,12 @@ class DecoderConfig:
 
     `rope_scaling` is None or a dict with `rope_type` "linear" (`factor`) or "llama3" (`factor`, `low_freq_factor`,
     `high_freq_factor`, `original_max_position_embeddings`). `attention_bias` puts a bias on q, k, v and o in Llama and
-    Qwen3; Qwen2 always has one on q, k and v and none on o.
+    Qwen3; Qwen2 and Dream always have one on q, k and v and none on o, LLaDA has none.
+
+    Of diffusion language models (Dream 7B: arXiv 2508.15487): `mask_token_id` stands for a token not known yet.
+    `attention_block` is what a token sees: 0 its whole sequence, 1 itself and what is before it, n all blocks of n
+    tokens up to the end of its own; None: 0 for LLaDA and Dream, else 1. `shifted_logits`: what stands for token i is
+    predicted by row i - 1, as in a next-token model, not by row i; None: true for Dream, else false.
     """
 
     model_type: str
@@ -41,6 +55,9 @@ class DecoderConfig:
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    mask_token_id: int | None = None
+    attention_block: int | None = None
+    shifted_logits: bool | None = None
 
     def __post_init__(self):
         if self.model_type not in MODEL_TYPES:
@@ -56,14 +73,37 @@ class DecoderConfig:
             raise ValueError(f"head_dim: expected an even number (rotary embedding), got {self.head_dim}")
         if self.rope_scaling is not None:
             _check_rope_scaling(self.rope_scaling)
+        for name, usual in _usual_attention(self.model_type).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, usual)
+        if not isinstance(self.attention_block, int) or self.attention_block < 0:
+            raise ValueError(f"attention_block: expected 0 or a positive integer, got {self.attention_block!r}")
+        if self.mask_token_id is not None and not 0 <= self.mask_token_id < self.vocab_size:
+            raise ValueError(f"mask_token_id: expected 0 to {self.vocab_size - 1}, got {self.mask_token_id!r}")
+        if self.model_type == "llada":
+            self._check_llada()
+
+    def _check_llada(self) -> None:
+        if self.head_dim * self.num_attention_heads != self.hidden_size:
+            raise ValueError(
+                f"head_dim: expected {self.hidden_size} / {self.num_attention_heads} of a llada model, "
+                f"got {self.head_dim}"
+            )
+        for name, value in (
+            ("attention_bias", self.attention_bias),
+            ("mlp_bias", self.mlp_bias),
+            ("rope_scaling", self.rope_scaling),
+        ):
+            if value:
+                raise ValueError(f"{name}: a llada model has none, got {value!r}")
 
     @property
     def qkv_bias(self) -> bool:
-        return self.attention_bias or self.model_type == "qwen2"
+        return self.attention_bias or self.model_type in ("qwen2", "dream")
 
     @property
     def output_bias(self) -> bool:
-        return self.attention_bias and self.model_type != "qwen2"
+        return self.attention_bias and self.model_type not in ("qwen2", "dream")
 
     @property
     def qk_norm(self) -> bool:
@@ -71,14 +111,16 @@ class DecoderConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> DecoderConfig:
-        """Reads the dict of a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
+        """Reads the dict of a config.json, of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`),
+        of LLaDA or of Dream.
 
         Raises ValueError, naming the key and its value, for what this decoder does not compute: another model_type,
         activation, rope type, sliding-window attention, partial rotary embedding.
         """
-        model_type = config.get("model_type")
+        model_type = "dream" if config.get("model_type") == "Dream" else config.get("model_type")
         if model_type not in MODEL_TYPES:
             raise ValueError(f"model_type: expected one of {', '.join(MODEL_TYPES)}, got {model_type!r}")
+        config = {**(config_from_llada(config) if model_type == "llada" else config), "model_type": model_type}
         missing = [name for name in _REQUIRED if config.get(name) is None]
         if missing:
             raise ValueError(f"config: missing {', '.join(missing)}")
@@ -96,16 +138,28 @@ class DecoderConfig:
         return cls(**values)
 
     def to_hf(self) -> dict[str, Any]:
-        """The dict of a config.json that transformers 4 and 5 both load."""
+        """The dict of a config.json that transformers 4 and 5 both load; of "llada" and "dream" one that their own code
+        loads. A diffusion model's three keys are written where they are not what its model_type says."""
         config = dataclasses.asdict(self)
+        for name, usual in {"mask_token_id": None, **_usual_attention(self.model_type)}.items():
+            if config[name] == usual:
+                del config[name]
         config["architectures"] = [_ARCHITECTURES[self.model_type]]
         config["hidden_act"] = "silu"
-        if self.model_type == "qwen2":
+        if self.model_type == "llada":
+            return config_to_llada(config)
+        if self.model_type in ("qwen2", "dream"):
             del config["attention_bias"]
         if self.model_type != "llama":
             del config["mlp_bias"]
             config["use_sliding_window"] = False
+        if self.model_type == "dream":
+            config["model_type"] = "Dream"
         return config
+
+
+def _usual_attention(model_type: str) -> dict[str, Any]:
+    return {"attention_block": int(model_type in AUTOREGRESSIVE_TYPES), "shifted_logits": model_type == "dream"}
 
 
 def _check_positive(name: str, value: Any) -> None:

@@ -1,4 +1,5 @@
-"""Llama, Qwen2 and Qwen3 decoders in one file. Parameter names are Hugging Face's, so state dicts interchange."""
+"""Llama, Qwen2, Qwen3, LLaDA and Dream decoders in one file. Parameter names are Hugging Face's of all but LLaDA, so
+state dicts interchange."""
 
 from __future__ import annotations
 
@@ -97,7 +98,8 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model.
+    """A language model: causal, or a diffusion model that sees its whole sequence or whole blocks
+    (`config.attention_block`).
 
     `precision` says how linears, norms and SwiGLU compute and what they save for the backward: "fp32", "bf16", or "fp8"
     (FP8 products; inputs of linears, norms and SwiGLU saved in FP8). Parameters keep the dtype they are given (fp32
@@ -158,7 +160,8 @@ class Decoder(nn.Module):
 
         `positions` [B, T] default to 0..T-1 after what the cache holds. With `document_ids` [B, T] a token attends only
         to its own run of equal ids, and positions restart with each run. With `cache` the tokens follow the cached ones
-        and are appended. Raises ValueError naming the argument.
+        and are appended; those see no later ones, whatever `config.attention_block`. Raises ValueError naming the
+        argument.
         """
         hidden = self.hidden(ids, positions, document_ids, cache)
         return self.compute.head(hidden[:, -1:] if last_only else hidden, self.lm_head)
@@ -227,15 +230,14 @@ class Decoder(nn.Module):
         """What the head reads: the final norm's output [B, T, hidden_size], in the compute dtype. See `forward`."""
         self._check(ids, positions, document_ids, cache)
         tokens, past = ids.shape[1], 0 if cache is None else cache.length
-        segments = None
-        if document_ids is not None:
-            restarted, segments = document_segments(document_ids)
-            positions = restarted if positions is None else positions
+        documents = None if document_ids is None else document_segments(document_ids)
+        if positions is None and documents is not None:
+            positions = documents[0]
         if positions is None:
             positions = torch.arange(past, past + tokens, device=ids.device)[None]
-        bias_dtype = torch.float32 if ids.device.type == "cpu" else self.compute.dtype
-        bias = attention_bias(tokens, past, segments, bias_dtype, ids.device)
-        hidden = self._layers(ids, positions, Whole(bias, cache))
+        block = self.config.attention_block
+        bias = attention_bias(tokens, past, documents, block, self._bias_dtype, ids.device)
+        hidden = self._layers(ids, positions, Whole(bias, cache, causal=block > 0))
         if cache is not None:
             cache.length += tokens
         return hidden
@@ -244,11 +246,17 @@ class Decoder(nn.Module):
         """`hidden` [tokens, hidden_size] of sequences one behind the other: ids [tokens], those of sequence s from
         starts[s] to starts[s + 1] (int32 [sequences + 1] on the same device), none longer than `longest`.
 
-        A token's bits depend on the tokens before it alone: they are the same in any packing and in `rows_hidden`.
+        A token's bits depend on the tokens it sees alone: with causal attention, or that of whole sequences, they are
+        the same in any packing and in `rows_hidden`.
         """
         index = torch.arange(ids.shape[0], device=ids.device)
         sequence = torch.searchsorted(starts, index, right=True, out_int32=True) - 1
-        return self.rows_hidden(ids, index - starts[sequence], Packed(starts, longest))
+        positions, block = index - starts[sequence], self.config.attention_block
+        if block > 1:
+            documents = positions[None], sequence[None]
+            bias = attention_bias(ids.shape[0], 0, documents, block, self._bias_dtype, ids.device)
+            return self.rows_hidden(ids, positions, Whole(bias, None))
+        return self.rows_hidden(ids, positions, Packed(starts, longest, causal=block == 1))
 
     def rows_hidden(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         """`hidden` [tokens, hidden_size] of ids [tokens] at positions [tokens], whose queries find their keys by
@@ -256,6 +264,10 @@ class Decoder(nn.Module):
         if ids.numel() == 0:
             return torch.zeros(0, self.config.hidden_size, dtype=self.compute.dtype, device=ids.device)
         return self._layers(ids[None], positions[None], attend)[0]
+
+    @property
+    def _bias_dtype(self) -> torch.dtype:
+        return torch.float32 if self.device.type == "cpu" else self.compute.dtype
 
     def _layers(self, ids: torch.Tensor, positions: torch.Tensor, attend) -> torch.Tensor:
         if self._frequency.device != ids.device:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from eightfold.models.config import MODEL_TYPES, DecoderConfig
+from eightfold.models.config import AUTOREGRESSIVE_TYPES, DecoderConfig
 from eightfold.models.rotary import inverse_frequencies
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
@@ -60,8 +60,8 @@ def _config(reader) -> DecoderConfig:
         return default if field is None else field.contents()
 
     arch = get("general.architecture")
-    if arch not in MODEL_TYPES:
-        raise ValueError(f"GGUF architecture: expected one of {', '.join(MODEL_TYPES)}, got {arch!r}")
+    if arch not in AUTOREGRESSIVE_TYPES:
+        raise ValueError(f"GGUF architecture: expected one of {', '.join(AUTOREGRESSIVE_TYPES)}, got {arch!r}")
 
     def need(key: str) -> Any:
         value = get(f"{arch}.{key}")

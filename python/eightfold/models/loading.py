@@ -1,4 +1,5 @@
-"""Decoders from and to disk: Hugging Face folders (config.json + safetensors) and GGUF files."""
+"""Decoders from and to disk: Hugging Face folders (config.json + safetensors), also LLaDA's and Dream's, and GGUF
+files."""
 
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
 from eightfold.models.gguf_loading import read_gguf
 from eightfold.models.interchange import CODES, QUANTIZATION, Format, check_quantization, dequantized, in_format
+from eightfold.models.llada import decoder_name, llada_name
 from eightfold.models.packaged import smollm2
 from eightfold.models.precision import Precision
 
@@ -45,7 +47,7 @@ def load_decoder(
         config, tensors = read_gguf(path)
     elif path.is_dir():
         config = read_config(path)
-        tensors = read_safetensors(path)
+        tensors = decoder_names(read_safetensors(path), config.model_type, path)
         if _holds_codes(path, tensors):
             dtype = torch.float32 if dtype is None else dtype
             tensors = dequantized(tensors, _weights_file(path), dtype)
@@ -122,6 +124,17 @@ def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: object) -> dict[str, torch.Tensor]:
+    """`tensors` of the folder `source` of a `model_type` under the decoder's names. ValueError for names that are not
+    LLaDA's, of that type."""
+    if model_type != "llada":
+        return tensors
+    named = {name: decoder_name(name) for name in tensors}
+    if strange := [name for name, ours in named.items() if ours is None]:
+        raise ValueError(f"{source}: unexpected {_some(strange)}, of a llada model")
+    return {named[name]: tensor for name, tensor in tensors.items()}
+
+
 def _read_shard(file: Path) -> dict[str, torch.Tensor]:
     try:
         with safe_open(file, framework="pt") as shard:
@@ -140,7 +153,8 @@ def build_decoder(
     tensors = {k: v for k, v in tensors.items() if not k.endswith("rotary_emb.inv_freq")}
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
-    missing = [name for name in expected if tensors.get(name) is None]
+    stored = llada_name if config.model_type == "llada" else str
+    missing = [stored(name) for name in expected if tensors.get(name) is None]
     unexpected = [name for name in tensors if name not in expected]
     if missing:
         raise ValueError(f"{source}: missing {_some(missing)}")
@@ -148,7 +162,7 @@ def build_decoder(
         raise ValueError(f"{source}: unexpected {_some(unexpected)}")
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{source}: {name}: expected shape {shape}, got {tuple(tensors[name].shape)}")
+            raise ValueError(f"{source}: {stored(name)}: expected shape {shape}, got {tuple(tensors[name].shape)}")
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model.requires_grad_(True)
@@ -172,7 +186,9 @@ def load_tokenizer(path: Path):
 
 def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None, format: Format | None = None) -> Path:
     """Writes config.json, generation_config.json, model.safetensors and the tokenizer's files, such that
-    transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same model.
+    transformers' AutoModelForCausalLM.from_pretrained(folder) gives the same model; of LLaDA and Dream, which
+    transformers does not hold, their own code does. (Attention other than causal of another model_type is in
+    config.json's `attention_block`, which transformers does not read.)
 
     `format`: None keeps the parameters' dtype; "bf16" rounds them; "fp8" stores the codes and scales of the layers'
     linears and rounds the rest to bf16 (`models.interchange`).
@@ -209,10 +225,15 @@ def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format |
     if format is not None:
         tensors = in_format(model, tensors, format)
     if format == "fp8":
-        config["quantization_config"] = QUANTIZATION
-    config["torch_dtype"] = str(tensors["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+        config["quantization_config"] = dict(QUANTIZATION)
+    dtype = tensors["model.embed_tokens.weight"].dtype
+    if model.config.model_type == "llada":
+        tensors = {llada_name(name): tensor for name, tensor in tensors.items()}
+        if format == "fp8":
+            config["quantization_config"]["modules_to_not_convert"] = [llada_name("lm_head.weight")[: -len(".weight")]]
+    config["torch_dtype"] = str(dtype).removeprefix("torch.")
     _write_json(folder / "config.json", config)
-    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+    ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
     _write_json(folder / "generation_config.json", ids)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it

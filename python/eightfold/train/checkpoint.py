@@ -158,6 +158,8 @@ def _load_model(folder: Path, model: nn.Module) -> None:
     from safetensors import SafetensorError, safe_open
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
+    from eightfold.models.loading import decoder_names
+
     tensors = {}
     try:
         for file in sorted(folder.glob("*.safetensors")):
@@ -165,6 +167,7 @@ def _load_model(folder: Path, model: nn.Module) -> None:
                 tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder}: damaged weights: {error}") from None
+    tensors = decoder_names(tensors, model.config.model_type, folder)
     named = dict(model.named_parameters())  # tied weights appear once
     for name, parameter in named.items():
         if name not in tensors:
