@@ -1,5 +1,7 @@
 """Decoding by diffusion language models: the plain loop's tokens and passes, whatever stands beside a prompt."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -140,7 +142,7 @@ def test_ends_at_a_stop_id(early):
         assert (result.canvas, result.forwards, result.uncovered) == (canvas, forwards, 32)
 
 
-def test_what_is_watched(monkeypatch):
+def test_what_is_watched():
     """Canvases after each pass, of whoever takes part; a token that is uncovered stays."""
     watched = [[], []]
     engine = DiffusionGenerator(MODELS["dream"], None, options("dream", threshold=0.5))
@@ -153,19 +155,12 @@ def test_what_is_watched(monkeypatch):
             assert all(b in (MASK, a) for b, a in zip(before, after, strict=True))
 
 
-class Ahead:
-    """The host asks for a pass before it has read the one before, as on CUDA."""
-
-    def __init__(self, engine):
-        engine._ahead = True
-
-
 @pytest.mark.parametrize("rule", RULES, ids=name_of)
 def test_a_pass_too_many_changes_nothing(rule):
     texts = [prompt(n) for n in (4, 21)]
     engine = DiffusionGenerator(MODELS["llada"], None, options("llada", **rule))
     expected, passes = engine.generate(texts), engine.meters.passes
-    Ahead(engine)
+    engine._ahead = True  # as on CUDA: a pass is asked for before the one before it is read
     assert engine.generate(texts) == expected
     assert engine.meters.passes == passes + engine.meters.wasted
     assert engine.meters.wasted <= 4
@@ -197,17 +192,43 @@ def test_weights_may_change_between_calls():
     assert after == DiffusionGenerator(model, None, engine.options).generate([prompt(5)])
 
 
-@pytest.mark.parametrize("settings", [{}, {"fp8_cache": True}, {"fp8_head": True}], ids=str)
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_a_block_of_more_rows_than_block_attention_takes(cache):
+    engine = DiffusionGenerator(
+        MODELS["llada"], None, options("llada", canvas=72, block_length=72, cache=cache, steps=3)
+    )
+    results = engine.generate([prompt(3), prompt(12)])
+    for result, n in zip(results, (3, 12), strict=True):
+        assert (result.canvas, result.forwards) == plain("llada", prompt(n), cache, 72, 72, steps=3)[:2]
+
+
+@pytest.mark.parametrize("settings", [{}, {"fp8_cache": True}, {"fp8_head": True}, {"cache": "prefix"}], ids=str)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
-def test_other_precisions(precision, settings):
-    """All is uncovered, the same each time, and nearly what fp32 would have taken first."""
+def test_low_precisions(device, precision, settings):
+    """All is uncovered, the same each time; and, on CUDA, whether passes are replayed or not."""
     torch.manual_seed(3)
     config = DecoderConfig("llama", 384, 128, 256, 2, 2, 2, 64, **SIZES)
-    model = Decoder(config, precision=precision)
-    chosen = options("llada", threshold=0.6, **settings)
+    model = Decoder(config, precision=precision).to(device)
+    chosen = options("llada", threshold=0.2, **settings)
     texts = [prompt(9), prompt(20)]
     engine = DiffusionGenerator(model, None, chosen)
     results = engine.generate(texts)
     assert all(MASK not in r.canvas and r.uncovered == 32 for r in results)
+    assert 4 < results[0].forwards < 32
     assert results == engine.generate(texts)
-    assert results[1:] == engine.generate(texts[1:], [1])
+    assert engine.meters.wasted <= 4
+    eager = DiffusionGenerator(model, None, dataclasses.replace(chosen, cuda_graphs=False))
+    assert results == eager.generate(texts)
+    assert device.type == "cuda" or results[1:] == engine.generate(texts[1:], [1])
+
+
+@pytest.mark.parametrize("cache", ["prefix", "dual"])
+def test_block_causal_in_low_precision(device, cache):
+    torch.manual_seed(3)
+    model = Decoder(DecoderConfig("qwen2", 384, 128, 256, 2, 2, 1, 64, **SIZES), precision="fp8").to(device)
+    chosen = options("dream", attention_block=16, block_length=16, threshold=0.2, cache=cache)
+    engine = DiffusionGenerator(model, None, chosen)
+    results = engine.generate([prompt(9), prompt(20)])
+    assert all(MASK not in r.canvas for r in results)
+    eager = DiffusionGenerator(model, None, dataclasses.replace(chosen, cuda_graphs=False))
+    assert results == engine.generate([prompt(9), prompt(20)]) == eager.generate([prompt(9), prompt(20)])

@@ -117,18 +117,17 @@ def make_plan(options: DiffusionOptions, config: DecoderConfig, stop_ids: Sequen
     """Raises ValueError naming the option that the model, or another option, does not allow. `stop_ids`: those of the
     tokenizer."""
 
-    def told(name, otherwise):
-        values = getattr(options, name), getattr(config, name, otherwise)
-        return next((value for value in values if value is not None), otherwise)
+    def told(name):
+        return getattr(config if getattr(options, name) is None else options, name)
 
-    mask_id, seen = told("mask_token_id", None), told("attention_block", 1)
+    mask_id, seen = told("mask_token_id"), told("attention_block")
     if mask_id is None:
         raise ValueError("mask_token_id: the model's config names none, and none was given")
     if not 0 <= mask_id < config.vocab_size:
         raise ValueError(f"mask_token_id: expected 0 to {config.vocab_size - 1}, got {mask_id}")
     if seen == 1:
         raise ValueError("attention_block: expected 0 or 2 and more, got 1: a causal model sees nothing behind a token")
-    causal, shifted = seen > 1, bool(told("shifted_logits", False))
+    causal, shifted = seen > 1, told("shifted_logits")
     block = options.block_length or (seen if causal else _BLOCK)
     window = min(options.sub_block, block) if causal else block
     if causal:

@@ -75,7 +75,7 @@ class DiffusionStep:
         self._temperatures = torch.full((capacity * plan.window,), plan.options.temperature, **on)
         self._stops = torch.tensor(plan.stop_ids, dtype=torch.int64, **on)
         self._forbidden = torch.tensor(plan.forbidden, dtype=torch.int64, **on)
-        self._index = torch.arange(max(capacity, self.max_tokens), **on)
+        self._index = torch.arange(max(capacity + 1, self.max_tokens), **on)
         self._pinned = model.device.type == "cuda"
         # Two of each: the host reads one while the device writes the other.
         self._read = [

@@ -18,47 +18,15 @@ def block_attention(q, k, v, k_cache, v_cache, at, lengths, *, k_scales=None, v_
             begin = int(at[b])
             k_cache[b, :, begin : begin + rows] = k[b].transpose(0, 1)
             v_cache[b, :, begin : begin + rows] = v[b].transpose(0, 1)
-        out[b] = _one(q[b], k_cache, v_cache, k_scales, v_scales, torch.tensor([b]), length, scale, None)
+        out[b] = _one(q[b], k_cache, v_cache, k_scales, v_scales, torch.tensor([b]), length, scale)
     return out
 
 
-def _one(q, k_pages, v_pages, k_scales, v_scales, numbers, length, scale, hidden):
+def _one(q, k_pages, v_pages, k_scales, v_scales, numbers, length, scale):
     heads = q.shape[1]
     k, v = (_heads_first(_gather(p, s, numbers, length), heads) for p, s in ((k_pages, k_scales), (v_pages, v_scales)))
     z = (_heads_first(q, heads) @ k.mT) * scale
-    if hidden is not None:
-        z = z.masked_fill(hidden, -torch.inf)
     return (z.softmax(-1) @ v).transpose(0, 1).to(q.dtype)
-
-
-def paged_attention(
-    q,
-    k_pages,
-    v_pages,
-    pages,
-    starts,
-    lengths,
-    *,
-    k_scales=None,
-    v_scales=None,
-    longest=None,
-    scale=None,
-    causal=True,
-    block=1,
-):
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out = torch.empty_like(q)
-    for s, length in enumerate(lengths.tolist()):
-        rows = slice(int(starts[s]), int(starts[s + 1]))
-        if rows.start == rows.stop:
-            continue
-        hidden = None
-        if causal:
-            keys = torch.arange(length)
-            queries = keys[length - (rows.stop - rows.start) :]
-            hidden = keys[None] // block > queries[:, None] // block
-        out[rows] = _one(q[rows], k_pages, v_pages, k_scales, v_scales, pages[s], length, scale, hidden)
-    return out
 
 
 def lm_head_confidence(hidden, weight, *, active=None, forbidden=None, temperatures=None, seeds=None, positions=None):

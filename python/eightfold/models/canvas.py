@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import torch
 
-from eightfold.models._canvas_ops import block_attention, paged_attention
+from eightfold.models._canvas_ops import block_attention
 from eightfold.models.attention import Paged, PagedCache
-from eightfold.ops import rope_cache_write
+from eightfold.ops import paged_attention, rope_cache_write
 
 BLOCK_ROWS = 64  # the most rows that block_attention takes
 _CODES = torch.float8_e4m3fn
@@ -61,7 +61,7 @@ class CanvasRows(Paged):
         return self._attend(q, keys, values, scales).flatten(1)[None]
 
     def _attend(self, q, keys, values, scales) -> torch.Tensor:
-        mask = {"causal": True, "block": self.block} if self.block else {"causal": False}
+        mask = {"causal": self.block > 0, "block": max(1, self.block)}
         of = self.pages, self.starts, self.lengths
         return paged_attention(q, keys, values, *of, longest=self.longest, **mask, **scales)
 
