@@ -1,4 +1,16 @@
 """Kernel microbenchmarks, one module a family: `eightfold bench [family ...]`."""
 
-FAMILIES = ("quant", "norm", "activation", "rotary", "attention", "gemm", "gemm_small", "loss", "sampling", "optim")
+FAMILIES = (
+    "quant",
+    "norm",
+    "activation",
+    "rotary",
+    "attention",
+    "block_attention",
+    "gemm",
+    "gemm_small",
+    "loss",
+    "sampling",
+    "optim",
+)
 LONG = ("step",)  # whole layers and training steps, with compiles: minutes, so only by name

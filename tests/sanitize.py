@@ -154,6 +154,21 @@ def attends(lengths, heads, kv_heads, dim, page_size):
                 op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1, *mask)
 
 
+def blocks(places, rows, heads, kv_heads, dim, room):
+    """A block of rows at each (first key, length), its keys given and in the cache, over both kinds of cache."""
+    batch = len(places)
+    wide = torch.randn(batch, rows, heads + 2 * kv_heads, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = wide.split([heads, kv_heads, kv_heads], 2)
+    at, lengths = torch.tensor(places, device="cuda", dtype=torch.int32).t().contiguous()
+    shape = (batch, kv_heads, room, dim)
+    cache = [torch.zeros(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    codes = [torch.zeros(shape, device="cuda").to(torch.float8_e4m3fn) for _ in range(2)]
+    codes += [torch.zeros(shape[:3], device="cuda") for _ in range(2)]
+    for caches in ((*cache, None, None), codes):
+        for own in ((k, v), (None, None)):
+            op.block_attention(q, *own, *caches, at, lengths, 0.1)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in FORMATS:
@@ -169,6 +184,10 @@ if __name__ == "__main__":
     attends([1, 130, 17, 700], 4, 2, 64, 16)
     attends([33, 513], 7, 1, 128, 64)
     attends([129], 3, 3, 96, 128)
+    blocks([(0, 32), (37, 160), (100, 132), (0, 0)], 32, 4, 4, 64, 160)
+    blocks([(700, 1312), (1, 33)], 32, 28, 4, 128, 1312)
+    blocks([(16, 17), (47, 48), (-9, 40), (90, 90)], 1, 6, 2, 96, 48)
+    blocks([(3, 100)], 64, 5, 5, 128, 112)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)

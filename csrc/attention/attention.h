@@ -61,8 +61,10 @@ struct AttentionBackward {
 
 // Keys and values in pages: page p of sequence s holds its keys p * page_size and following, at pages[s * most_pages + p].
 struct PagedAttention {
-  AttentionRows q, out;           // rows starts[s] to starts[s + 1] are the last of sequence s, whose keys, theirs included, are lengths[s]
-  const void *k_pages, *v_pages;  // [page, kv_head, page_size, dim], dense
+  // Rows starts[s] to starts[s + 1] are the last of sequence s, whose keys, theirs included, are lengths[s]; on the CPU rows without keys
+  // are left as they are.
+  AttentionRows q, out;
+  const void *k_pages, *v_pages;     // [page, kv_head, page_size, dim], dense
   const float *k_scales, *v_scales;  // [page, kv_head, page_size] where pages are E4M3 codes: a key is bf16(code * scale); else null
   DType dtype, page_dtype;
   int64_t tokens, heads, kv_heads, dim, page_count, page_size;

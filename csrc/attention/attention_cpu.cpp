@@ -249,7 +249,7 @@ void paged_attention_cpu(const PagedAttention& op) {
                              scales ? scales + kv_head * op.page_size : nullptr};
   };
   run_all(op.sequences, op.kv_heads, group, op.dim, [&](int64_t s, int64_t kv_head) {
-    const int64_t first = op.starts[s], rows = op.starts[s + 1] - first, length = op.lengths[s];
+    const int64_t first = op.starts[s], length = op.lengths[s], rows = length > 0 ? op.starts[s + 1] - first : 0;
     return Queries{op.q,
                    op.out,
                    op.dtype,

@@ -73,22 +73,6 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   }
 }
 
-// The queries of a unit, row = query * group + head of the group, as the tensor core wants them; rows that do not exist are zeros.
-template <int kDim>
-__device__ __forceinline__ void place_queries(const PagedArgs& args, const Unit& unit, uint32_t shared) {
-  constexpr int kPieces = kDim / 8;                                            // of 16 bytes
-  for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from unit to unit
-    const int32_t place = i / kPieces, piece = i % kPieces, row = unit.first + place;
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (place < unit.rows)
-      v = *reinterpret_cast<const uint4*>(args.q + (static_cast<int64_t>(unit.row) + row / args.group) * args.q_token_stride +
-                                          (unit.head * args.group + row % args.group) * args.q_head_stride + 8 * piece);
-    store_shared(shared + piece / 8 * (kRows * 128) + place * 128 + (piece % 8 ^ place % 8) * 16, v);
-  }
-  async_fence();
-  warpgroup_meet(1);
-}
-
 // The lane's row h in a slot.
 __device__ __forceinline__ int64_t place_in(const Slots& slots, int32_t slot, int32_t place) {
   return static_cast<int64_t>(slot) * slots.rows + place;
@@ -168,7 +152,12 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   };
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
-    place_queries<kDim>(args, unit, shared);
+    place_queries<kDim>(shared, 1, [&](int32_t place) -> const __nv_bfloat16* {  // row = query * group + head of the group
+      const int32_t row = unit.first + place;
+      if (place >= unit.rows) return nullptr;
+      return args.q + (static_cast<int64_t>(unit.row) + row / args.group) * args.q_token_stride +
+             (unit.head * args.group + row % args.group) * args.q_head_stride;
+    });
     Rows<kDim> rows;
     rows.clear();
     const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0), sees[2] = {unit.sees(args, place), unit.sees(args, place + 8)};

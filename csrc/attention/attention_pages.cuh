@@ -71,24 +71,20 @@ struct CodePages {
 // A tile of CodePages as the tensor core wants it, bf16(code * scale); keys from `kept` on are zeros, whatever came for them. By all
 // threads of a warpgroup; async_fence() and a meeting follow. Neighbours take neighbouring eight codes, and each the same of every
 // kStep-th key: no bank of shared memory is asked twice at once.
-template <int kDim>
+template <int kDim, int kKeys = kTile>
 __device__ __forceinline__ void widen(uint32_t to, uint32_t tile, int32_t kept) {
   constexpr int kPieces = kDim / 8, kStep = 128 / kPieces / 8 * 8;  // a multiple of 8 keys keeps the swizzle
   const uint32_t thread = in_register(threadIdx.x % 128), key = thread / kPieces, piece = thread % kPieces;
   if (thread >= kStep * kPieces) return;
-  const uint32_t from = tile + 8 * thread, scale = tile + kTile * kDim + 4 * key;
-  to += piece / 8 * Shape<kDim>::kBlockBytes + key * 128 + (piece % 8 ^ key % 8) * 16;
+  const uint32_t from = tile + 8 * thread, scale = tile + kKeys * kDim + 4 * key;
+  to += piece / 8 * Shape<kDim, kKeys>::kBlockBytes + key * 128 + (piece % 8 ^ key % 8) * 16;
 #pragma unroll 4
-  for (int32_t i = 0; i < kTile; i += kStep) {
+  for (int32_t i = 0; i < kKeys; i += kStep) {
     uint4 words = make_uint4(0, 0, 0, 0);
     if (static_cast<int32_t>(key) + i < kept) {
       const float2 pair = load_shared_pair(from + i * kDim);
-      const Octet<ScaledCodes> codes{{__float_as_uint(pair.x), __float_as_uint(pair.y), __float_as_uint(load_shared_float(scale + 4 * i))}};
-      float values[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) values[j] = codes.value(j);
-      Octet<__nv_bfloat16> wide;
-      wide.set(values);
+      const Octet<__nv_bfloat16> wide =
+          widened({{__float_as_uint(pair.x), __float_as_uint(pair.y), __float_as_uint(load_shared_float(scale + 4 * i))}});
       words = make_uint4(wide.words[0], wide.words[1], wide.words[2], wide.words[3]);
     }
     store_shared(to + i * 128, words);

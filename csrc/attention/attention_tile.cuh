@@ -1,7 +1,7 @@
 // A warpgroup's 64 rows of attention against a tile of 128 keys, and the fold of a chunk: what attention.h says, in the one order that
-// every kernel takes. A lane holds two rows, `h` of 0 and 1, in the places of core/wgmma.cuh.
+// every kernel of it takes; block_attention's take tiles of 64. A lane holds two rows, `h` of 0 and 1, in the places of core/wgmma.cuh.
 //
-// In shared memory q [rows, dim], k and v [128, dim] lie in blocks of 64 of the dimension, rows of 128 bytes, 128-byte swizzle.
+// In shared memory q [rows, dim], k and v [keys, dim] lie in blocks of 64 of the dimension, rows of 128 bytes, 128-byte swizzle.
 #pragma once
 
 #include <cstdint>
@@ -15,13 +15,13 @@
 
 namespace eightfold::attention {
 
-constexpr int kTile = kAttentionTile, kTilesOfChunk = kAttentionChunk / kTile;
+constexpr int kRows = 64, kTile = kAttentionTile, kTilesOfChunk = kAttentionChunk / kTile;
 constexpr float kNothing = -__builtin_inff();
 
-template <int kDim>
+template <int kDim, int kKeys = kTile>
 struct Shape {
   static constexpr int kBlocks = (kDim + 63) / 64;                                     // of 64 of the dimension
-  static constexpr int kBlockBytes = kTile * 128, kTileBytes = kBlocks * kBlockBytes;  // of k or v
+  static constexpr int kBlockBytes = kKeys * 128, kTileBytes = kBlocks * kBlockBytes;  // of k or v
 };
 
 // What rows have seen: of a chunk, or of all chunks.
@@ -38,38 +38,60 @@ struct Rows {
   }
 };
 
-using Scores = float[kTile / 2];
-using Weights = uint32_t[kTile / 4];  // bf16 pairs, as the tensor core wants its left operand
+template <int kKeys>
+using ScoresOf = float[kKeys / 2];
+template <int kKeys>
+using WeightsOf = uint32_t[kKeys / 4];  // bf16 pairs, as the tensor core wants its left operand
+using Scores = ScoresOf<kTile>;
+using Weights = WeightsOf<kTile>;
+
+// Rows of queries as the tensor core wants them; from(row): where its elements lie, or null for one that does not exist, which is zeros.
+// By all threads of a warpgroup, `meeting` its named barrier.
+template <int kDim, class From>
+__device__ __forceinline__ void place_queries(uint32_t shared, int meeting, const From& from) {
+  constexpr int kPieces = kDim / 8;                                            // of 16 bytes
+  for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from one use to the next
+    const int32_t row = i / kPieces, piece = i % kPieces;
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (const __nv_bfloat16* at = from(row)) v = *reinterpret_cast<const uint4*>(at + 8 * piece);
+    store_shared(shared + piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16, v);
+  }
+  async_fence();
+  warpgroup_meet(meeting);
+}
 
 // Under way until wgmma_wait_all(): scores = q k^T. q_block_bytes: from 64 of q's dimension to the next.
-template <int kDim>
-__device__ __forceinline__ void start_scores(Scores& scores, uint32_t q, uint32_t q_block_bytes, uint32_t k) {
+template <int kDim, int kCount>
+__device__ __forceinline__ void start_scores(float (&scores)[kCount], uint32_t q, uint32_t q_block_bytes, uint32_t k) {
+  constexpr int kKeys = 2 * kCount;
   pin_registers(scores);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kDim / 16; ++i) {
     const uint64_t a = wgmma_operand(q + i / 4 * q_block_bytes + i % 4 * 32);
-    const uint64_t b = wgmma_operand(k + i / 4 * Shape<kDim>::kBlockBytes + i % 4 * 32);
-    WgmmaBf16<kTile>::multiply(scores, a, b, i > 0);
+    const uint64_t b = wgmma_operand(k + i / 4 * Shape<kDim, kKeys>::kBlockBytes + i % 4 * 32);
+    WgmmaBf16<kKeys>::multiply(scores, a, b, i > 0);
   }
   wgmma_commit();
 }
 
 // Under way until wgmma_wait_all(): out += weights v.
-template <int kDim>
-__device__ __forceinline__ void start_mix(Rows<kDim>& rows, const Weights& weights, uint32_t v) {
+template <int kDim, int kWords>
+__device__ __forceinline__ void start_mix(Rows<kDim>& rows, const uint32_t (&weights)[kWords], uint32_t v) {
+  constexpr int kKeys = 4 * kWords;
   pin_registers(rows.out);
   wgmma_fence();
 #pragma unroll
-  for (int i = 0; i < kTile / 16; ++i)
-    WgmmaBf16OfRegisters<kDim>::multiply(rows.out, weights + 4 * i, wgmma_columns_operand(v + i * 2048, Shape<kDim>::kBlockBytes));
+  for (int i = 0; i < kKeys / 16; ++i)
+    WgmmaBf16OfRegisters<kDim>::multiply(rows.out, weights + 4 * i, wgmma_columns_operand(v + i * 2048, Shape<kDim, kKeys>::kBlockBytes));
   wgmma_commit();
 }
 
 // Scores of keys from seen[h] of the tile on, which row h does not see.
-__device__ __forceinline__ void hide(Scores& scores, const int32_t (&seen)[2], uint32_t lane) {
+template <int kCount>
+__device__ __forceinline__ void hide(float (&scores)[kCount], const int32_t (&seen)[2], uint32_t lane) {
 #pragma unroll
-  for (int j = 0; j < kTile / 8; ++j) {
+  for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       if (8 * j + 2 * static_cast<int32_t>(lane % 4) + i % 2 >= seen[i / 2]) scores[4 * j + i] = kNothing;
@@ -78,14 +100,14 @@ __device__ __forceinline__ void hide(Scores& scores, const int32_t (&seen)[2], u
 
 // The softmax's part of a tile: scores become weights, what the chunk holds is scaled to the new maximum. `factor`: scale * log2(e),
 // positive.
-template <int kDim>
-__device__ __forceinline__ void absorb(Rows<kDim>& rows, const Scores& scores, float factor, Weights& weights) {
+template <int kDim, int kCount>
+__device__ __forceinline__ void absorb(Rows<kDim>& rows, const float (&scores)[kCount], float factor, uint32_t (&weights)[kCount / 2]) {
   float shift[2];
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     float top = kNothing;
 #pragma unroll
-    for (int j = 0; j < kTile / 8; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+    for (int j = 0; j < kCount / 4; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
     const float now = fmaxf(rows.top[h], __fmul_rn(largest_of_quad(top), factor));
     shift[h] = now == kNothing ? 0.0f : now;  // a row that has seen no key yet
     const float less = ex2_approx(rows.top[h] - shift[h]);
@@ -98,7 +120,7 @@ __device__ __forceinline__ void absorb(Rows<kDim>& rows, const Scores& scores, f
     }
   }
 #pragma unroll
-  for (int j = 0; j < kTile / 8; ++j) {
+  for (int j = 0; j < kCount / 4; ++j) {
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float first = ex2_approx(__fmaf_rn(scores[4 * j + 2 * h], factor, -shift[h]));
@@ -159,13 +181,13 @@ __device__ __forceinline__ void store_row(__nv_bfloat16* to, const Rows<kDim>& r
 
 // Rows of v from `kept` on: what lies beyond a sequence may be anything, and 0 * NaN is NaN. By all threads of a warpgroup, `meeting` its
 // named barrier.
-template <int kDim>
+template <int kDim, int kKeys = kTile>
 __device__ __forceinline__ void clear_rows(uint32_t v, int32_t kept, int meeting) {
   const int32_t thread = threadIdx.x % 128;
-  for (int32_t i = kept * 8 + thread; i < kTile * 8; i += 128) {
+  for (int32_t i = kept * 8 + thread; i < kKeys * 8; i += 128) {
 #pragma unroll
-    for (int block = 0; block < Shape<kDim>::kBlocks; ++block)
-      store_shared(v + block * Shape<kDim>::kBlockBytes + i * 16, make_uint4(0, 0, 0, 0));
+    for (int block = 0; block < Shape<kDim, kKeys>::kBlocks; ++block)
+      store_shared(v + block * Shape<kDim, kKeys>::kBlockBytes + i * 16, make_uint4(0, 0, 0, 0));
   }
   async_fence();
   warpgroup_meet(meeting);

@@ -17,8 +17,6 @@
 
 namespace eightfold::attention {
 
-constexpr int kRows = 64;
-
 struct Slots {
   float *out, *top, *sum;  // [slot, row, dim], [slot, row]
   int32_t* span;           // chunks of a span; 0 where no sequence has more

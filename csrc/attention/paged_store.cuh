@@ -15,6 +15,15 @@ __device__ __forceinline__ int64_t place_of(const PagedStore& op, int64_t slot, 
   return (page * op.kv_heads + head) * op.page_size + (at - page * size);
 }
 
+// The scale of a row, of which x is the lane's octet, zeros where there is no dimension. All lanes of a warp take part.
+__device__ __forceinline__ float scale_of_row(const Octet<__nv_bfloat16>& x) {
+  using T = __nv_bfloat16;
+  uint32_t maximum = octet_maximum(x);
+#pragma unroll
+  for (int step = kRowLanes / 2; step > 0; step /= 2) maximum = Octet<T>::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, step));
+  return group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), false);
+}
+
 // x: the lane's octet of the row, zeros from op.dim on. All lanes of a warp take part, also for a row that goes nowhere.
 template <bool kCodes>
 __device__ __forceinline__ void store_row(const PagedStore& op, bool values, int64_t place, const Octet<__nv_bfloat16>& x) {
@@ -24,15 +33,19 @@ __device__ __forceinline__ void store_row(const PagedStore& op, bool values, int
   const bool mine = place >= 0 && 8 * lane < op.dim;
   const int64_t at = place * op.dim + 8 * lane;
   if constexpr (kCodes) {
-    uint32_t maximum = octet_maximum(x);
-#pragma unroll
-    for (int step = kRowLanes / 2; step > 0; step /= 2) maximum = Octet<T>::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, step));
-    const float scale = group_scale(__uint_as_float(Octet<T>::widest_bits(maximum)), false);
+    const float scale = scale_of_row(x);
     if (place >= 0 && lane == 0) (values ? op.v_scales : op.k_scales)[place] = scale;
     if (mine) store_codes8(static_cast<uint8_t*>(pages) + at, encode_octet(x, GroupDivider<T>::of(scale)), 8, true);
   } else if (mine) {
     store_octet_whole(static_cast<T*>(pages) + at, x);
   }
+}
+
+// The same octet as pages of codes give it back. All lanes of a warp take part.
+__device__ __forceinline__ Octet<__nv_bfloat16> through_codes(const Octet<__nv_bfloat16>& x) {
+  const float scale = scale_of_row(x);
+  const uint2 codes = encode_octet(x, GroupDivider<__nv_bfloat16>::of(scale));
+  return widened({{codes.x, codes.y, __float_as_uint(scale)}});
 }
 
 }  // namespace eightfold::attention

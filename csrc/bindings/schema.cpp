@@ -59,6 +59,11 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? "
       "k_scales, Tensor(d!)? v_scales, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
 
+  // block_attention: a block of rows over a cache that it is written to
+  m.def(
+      "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? "
+      "v_scales, Tensor at, Tensor lengths, float scale) -> Tensor");
+
   // loss
   m.def(
       "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16) -> (Tensor loss, Tensor "

@@ -35,20 +35,31 @@ __device__ __forceinline__ void begin_rows(int64_t rows) {
   wait_for_earlier_kernels();
 }
 
-// kernel<<<blocks, threads, bytes, stream>>>(arguments...) with the attribute, if `early`; reports what the launch reports.
+// kernel<<<blocks, threads, bytes, stream>>>(arguments...) in clusters of so many blocks, with the attribute, if `early`; reports what the
+// launch reports.
 template <class... Parameters, class... Arguments>
-void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
-                   const Arguments&... arguments) {
-  cudaLaunchAttribute attribute = early_start();
+void launch_clusters(bool early, int cluster, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes,
+                     cudaStream_t stream, const Arguments&... arguments) {
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
+  config.attrs = attributes;
+  if (early) attributes[config.numAttrs++] = early_start();
+  if (cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
+  }
   config.gridDim = dim3(static_cast<unsigned>(blocks));
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.dynamicSmemBytes = static_cast<size_t>(bytes);
   config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = early ? 1 : 0;
   cudaLaunchKernelEx(&config, kernel, arguments...);
   check_launch(name);
+}
+
+template <class... Parameters, class... Arguments>
+void launch_kernel(bool early, const char* name, void (*kernel)(Parameters...), int64_t blocks, int threads, int bytes, cudaStream_t stream,
+                   const Arguments&... arguments) {
+  launch_clusters(early, 1, name, kernel, blocks, threads, bytes, stream, arguments...);
 }
 
 }  // namespace eightfold

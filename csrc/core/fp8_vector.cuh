@@ -72,6 +72,16 @@ struct Octet<ScaledCodes> {
   }
 };
 
+// bf16(code * scale) of each.
+__device__ __forceinline__ Octet<__nv_bfloat16> widened(const Octet<ScaledCodes>& codes) {
+  float values[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) values[j] = codes.value(j);
+  Octet<__nv_bfloat16> wide;
+  wide.set(values);
+  return wide;
+}
+
 // Maxima of an octet, as one word, and of octets that lie below each other, as the words of an octet.
 template <class T>
 __device__ __forceinline__ uint32_t octet_maximum(const Octet<T>& x) {

@@ -10,6 +10,7 @@ from eightfold import ops, reference
 from eightfold.ops import (
     QuantizedTensor,
     attention,
+    block_attention,
     build_info,
     fp8_gemm,
     fp8_gemm_accumulate_,
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 __all__ = [
     "QuantizedTensor",
     "attention",
+    "block_attention",
     "build_info",
     "fp8_gemm",
     "fp8_gemm_accumulate_",

@@ -4,6 +4,7 @@ from eightfold.ops import _library
 from eightfold.ops._fallback import kernels_run_on
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.attention import attention, paged_attention, paged_store_
+from eightfold.ops.block_attention import block_attention
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
@@ -34,6 +35,7 @@ __all__ = [
     "adamw_dre_",
     "add_rms_norm_quantize",
     "attention",
+    "block_attention",
     "build_info",
     "cross_entropy",
     "dre_dequantize",

@@ -5,6 +5,7 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
+from eightfold.reference.block_attention import block_attention
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
@@ -33,6 +34,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "attention",
     "attention_backward",
+    "block_attention",
     "cross_entropy",
     "dequantize",
     "dre_dequantize",
