@@ -11,6 +11,7 @@ FAMILIES = (
     "gemm_small",
     "loss",
     "sampling",
+    "confidence",
     "optim",
 )
 LONG = ("step",)  # whole layers and training steps, with compiles: minutes, so only by name

@@ -65,6 +65,26 @@ def draws(rows: int, vocabulary: int) -> None:
             op.sample(logits, seeds, seeds, temperatures, top_k * k, top_p)
 
 
+def heads(rows: int, vocabulary: int, size: int) -> None:
+    hidden, weight = (torch.randn(n, size, device="cuda", dtype=torch.bfloat16) for n in (rows, vocabulary))
+    codes = *op.quantize(hidden, (1, 128)), *op.quantize(weight, (128, 128))
+    active, seeds = torch.rand(rows, device="cuda") < 0.7, torch.arange(rows, device="cuda")
+    forbidden = torch.tensor([0, vocabulary - 1, vocabulary, -1], device="cuda")
+    for operands in ((hidden, None, weight, None), codes):
+        for flags in (None, active, torch.zeros_like(active)):
+            op.lm_head_confidence(*operands, flags, forbidden)
+            op.lm_head_confidence(*operands, flags, forbidden, active.float(), seeds, seeds)
+
+
+def uncovers(batch: int, rows: int) -> None:
+    tokens = torch.randint(0, 3, (batch, rows + 5), device="cuda")
+    at = torch.arange(-1, batch - 1, device="cuda", dtype=torch.int32)
+    ids, confidence = torch.ones(batch, rows, device="cuda").long(), torch.rand(batch, rows, device="cuda")
+    for rule in ((0.5,), (None, 1.0), (None, None, at)):
+        op.uncover_(tokens[:, :-1], at, ids, confidence, at.clone(), 2, *rule)
+        op.uncover_(tokens, at, ids, confidence, at.clone(), 2, *rule, eos_ids=ids[0, :1].clone(), ended=at.clone())
+
+
 def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int) -> None:
     x = torch.randn(1, tokens, heads, head_size, device="cuda", dtype=torch.bfloat16)
     angle = torch.rand(1, tokens, 1, head_size // 2, device="cuda")
@@ -181,6 +201,10 @@ if __name__ == "__main__":
         plain_products(m, n, k)
     for rows, vocabulary in ((1, 1), (3, 7), (5, 1000), (2, 8192), (3, 50257)):
         draws(rows, vocabulary)
+    for rows, vocabulary, size in ((1, 16, 16), (7, 144, 272), (64, 1040, 128), (100, 400, 640), (300, 8208, 144)):
+        heads(rows, vocabulary, size)
+    for batch, rows in ((1, 1), (3, 33), (9, 64)):
+        uncovers(batch, rows)
     attends([1, 130, 17, 700], 4, 2, 64, 16)
     attends([33, 513], 7, 1, 128, 64)
     attends([129], 3, 3, 96, 128)

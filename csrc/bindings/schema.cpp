@@ -79,6 +79,14 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   // sampling
   m.def("sample(Tensor logits, Tensor seeds, Tensor positions, Tensor temperatures, Tensor top_k, Tensor top_p) -> Tensor");
 
+  // confidence: the head's token and its probability; what a diffusion model's step uncovers
+  m.def(
+      "lm_head_confidence(Tensor hidden, Tensor? hidden_scales, Tensor weight, Tensor? weight_scales, Tensor? active=None, Tensor? "
+      "forbidden=None, Tensor? temperatures=None, Tensor? seeds=None, Tensor? positions=None) -> (Tensor ids, Tensor confidence)");
+  m.def(
+      "uncover_(Tensor(a!) tokens, Tensor at, Tensor ids, Tensor confidence, Tensor(b!) left, int mask_id, float? threshold=None, float? "
+      "factor=None, Tensor? counts=None, Tensor? eos_ids=None, Tensor(c!)? ended=None, bool last_too=False) -> ()");
+
   // optim: 8-bit states with dynamic range expansion
   m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");
   m.def("dre_dequantize(Tensor codes, Tensor maxima, Tensor exponents, int row_length) -> Tensor");

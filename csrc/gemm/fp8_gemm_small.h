@@ -28,6 +28,13 @@ struct Fp8GemmSmallPlan {
 
 constexpr bool fp8_gemm_small_takes(int64_t m, int b_group_rows) { return m <= kFp8GemmSmallRows && b_group_rows == 128; }
 
+// More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair.
+inline int fp8_gemm_small_stages(const Fp8GemmSmallPlan& plan, int64_t n, int64_t k) {
+  const int under_way = n * k < int64_t{64} << 20 ? 64 * 1024 : 80 * 1024;
+  const int stage_bytes = (plan.rows + plan.width) * 128 + plan.teams * 256;
+  return std::min({kFp8GemmSmallStages, (kFp8GemmSmallShared - 1024) / stage_bytes, std::max(6, under_way / (plan.width * 128))});
+}
+
 inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k, int sm_count) {
   const auto cover = [](int64_t size, int64_t piece) { return (size + piece - 1) / piece; };
   Fp8GemmSmallPlan best{};
@@ -52,10 +59,7 @@ inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k,
       best.grid = static_cast<int>(parts * halves);
     }
   }
-  // More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair.
-  const int under_way = n * k < int64_t{64} << 20 ? 64 * 1024 : 80 * 1024;
-  const int stage_bytes = (best.rows + best.width) * 128 + best.teams * 256;
-  best.stages = std::min({kFp8GemmSmallStages, (kFp8GemmSmallShared - 1024) / stage_bytes, std::max(6, under_way / (best.width * 128))});
+  best.stages = fp8_gemm_small_stages(best, n, k);
   return best;
 }
 

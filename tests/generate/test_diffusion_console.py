@@ -25,7 +25,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory, tokenizer):
     config = DecoderConfig(
-        "llama", 258, 32, 64, 1, 4, 2, 16, initializer_range=0.3, mask_token_id=MASK, attention_block=0
+        "llama", 264, 32, 64, 1, 4, 2, 16, initializer_range=0.3, mask_token_id=MASK, attention_block=0
     )
     return save_decoder(Decoder(config, precision="fp32"), tmp_path_factory.mktemp("m") / "model", tokenizer)
 
@@ -93,7 +93,7 @@ def test_mistakes(folder, capsys):
 
 
 def test_a_causal_model_is_refused(tmp_path, tokenizer, capsys):
-    config = DecoderConfig("llama", 258, 32, 64, 1, 4, 2, 16, mask_token_id=MASK)
+    config = DecoderConfig("llama", 264, 32, 64, 1, 4, 2, 16, mask_token_id=MASK)
     save_decoder(Decoder(config, precision="fp32"), tmp_path / "model", tokenizer)
     assert generate(tmp_path / "model", "--diffusion") == cli.USER_ERROR
     assert "attention_block: expected 0 or 2 and more, got 1: a causal model" in capsys.readouterr().err

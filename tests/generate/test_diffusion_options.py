@@ -10,7 +10,7 @@ from eightfold.generate.diffusion_options import DiffusionMeters, DiffusionOptio
 from eightfold.models import Decoder, DecoderConfig
 
 MASK = 50
-CONFIG = DecoderConfig("llama", 51, 32, 64, 1, 2, 2, 16, max_position_embeddings=64, eos_token_id=[2, 3])
+CONFIG = DecoderConfig("llama", 56, 32, 64, 1, 2, 2, 16, max_position_embeddings=64, eos_token_id=[2, 3])
 
 
 def model():
@@ -48,11 +48,12 @@ def test_options_are_checked(settings, message):
     [
         ({"canvas": 20}, r"canvas: expected a multiple of block_length \(8\), got 20"),
         ({"mask_token_id": None}, "mask_token_id: the model's config names none, and none was given"),
-        ({"mask_token_id": 51}, "mask_token_id: expected 0 to 50, got 51"),
+        ({"mask_token_id": 56}, "mask_token_id: expected 0 to 55, got 56"),
         ({"attention_block": None}, "attention_block: expected 0 or 2 and more, got 1: a causal model"),
+        ({"block_length": 72, "canvas": 72}, "block_length: expected 1 to 64, got 72"),
         ({"steps": 9}, "steps: expected 1 to 8, the tokens that they uncover, got 9"),
-        ({"stop_ids": frozenset({51})}, "stop_ids: expected 0 to 50, got 51"),
-        ({"forbidden": (-1,)}, "forbidden: expected 0 to 50, got -1"),
+        ({"stop_ids": frozenset({56})}, "stop_ids: expected 0 to 55, got 56"),
+        ({"forbidden": (-1,)}, "forbidden: expected 0 to 55, got -1"),
     ],
 )
 def test_options_that_do_not_fit_the_model(settings, message):
@@ -65,14 +66,20 @@ def test_options_that_do_not_fit_the_model(settings, message):
     [
         ([[1, 2], []], r"prompts\[1\]: expected at least one token, got none"),
         ([[1, 2], [4] * 49], r"prompts\[1\]: prompt and canvas of 49 \+ 16 tokens are longer than .* context of 64"),
-        ([[51]], r"prompts\[0\]: expected ids from 0 to 50 but the mask token 50, got 51"),
-        ([[7, MASK]], r"prompts\[0\]: expected ids from 0 to 50 but the mask token 50, got 50"),
+        ([[56]], r"prompts\[0\]: expected ids from 0 to 55 but the mask token 50, got 56"),
+        ([[7, MASK]], r"prompts\[0\]: expected ids from 0 to 55 but the mask token 50, got 50"),
         (["text"], r"prompts\[0\]: text needs a tokenizer, got none"),
     ],
 )
 def test_prompts_are_checked(prompts, message):
     with pytest.raises(ValueError, match=message):
         DiffusionGenerator(model(), None, options()).generate(prompts)
+
+
+def test_a_vocabulary_that_the_heads_kernel_does_not_take():
+    odd = dataclasses.replace(CONFIG, vocab_size=60)
+    with pytest.raises(ValueError, match="vocab_size: expected a multiple of 8, got 60"):
+        make_plan(options(), odd)
 
 
 def test_one_seed_a_prompt():
@@ -123,7 +130,7 @@ def test_stop_ids_come_from_the_model_and_the_tokenizer():
 
 def test_forbidden_ids_are_not_drawn():
     allowed = {5, 6, 7, 9}
-    chosen = options(forbidden=tuple(set(range(51)) - allowed), temperature=1.0, forbid_mask=False)
+    chosen = options(forbidden=tuple(set(range(56)) - allowed), temperature=1.0, forbid_mask=False)
     for result in DiffusionGenerator(model(), None, chosen).generate([[1, 2, 3]] * 3):
         assert set(result.canvas) <= allowed
 

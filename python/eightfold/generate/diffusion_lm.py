@@ -20,7 +20,8 @@ from eightfold.generate.diffusion_options import (
     make_plan,
     result_of,
 )
-from eightfold.generate.diffusion_step import CanvasRow, DiffusionStep
+from eightfold.generate.diffusion_state import CanvasRow, Seen
+from eightfold.generate.diffusion_step import DiffusionStep
 from eightfold.models.decoder import Decoder
 from eightfold.models.precision import KeptWeights
 from eightfold.ops import kernels_run_on
@@ -178,7 +179,7 @@ class _Batch:
                 following = step.seen(self._on_pass is not None)
             flying, steps = following, steps + 1
 
-    def _read(self, seen, before: list[int]) -> tuple[list[int], int]:
+    def _read(self, seen: Seen, before: list[int]) -> tuple[list[int], int]:
         """Masks that a pass has left to each sequence, none to who has ended; and the most that it has uncovered of
         one. before: the masks that it found."""
         left, self._ended, tokens = seen.read()

@@ -10,6 +10,7 @@ from eightfold.models.config import DecoderConfig
 
 Cache = Literal["none", "prefix", "dual"]
 _THRESHOLD, _BLOCK = 0.9, 32
+_MOST = 64  # tokens among which uncover_ chooses
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class DiffusionOptions:
     """How a canvas of masks behind a prompt is uncovered, block by block from left to right (LLaDA: arXiv 2502.09992;
     Fast-dLLM: 2505.22618; Fast-dLLM v2: 2509.26328).
 
-    canvas: tokens after each prompt. block_length: tokens of a block; None: 32, or the blocks of a block-causal model.
+    canvas: tokens after each prompt. block_length: tokens of a block, up to 64; None: 32, or a block-causal model's.
     cache: "none" computes the whole sequence in every pass; "prefix" that once a block, and then the block and what is
         behind it; "dual" once a block, and then the block alone. A block-causal model knows what is before the block:
         "prefix" computes the block in every pass, "dual" that once for each `sub_block` of it, and then those alone.
@@ -134,6 +135,11 @@ def make_plan(options: DiffusionOptions, config: DecoderConfig, stop_ids: Sequen
         _check_causal(options, block, window, seen)
     elif options.canvas % block:
         raise ValueError(f"canvas: expected a multiple of block_length ({block}), got {options.canvas}")
+    if window > _MOST:
+        raise ValueError(f"block_length: expected 1 to {_MOST}, got {window}")
+    least = 16 if options.fp8_head else 8
+    if config.vocab_size % least:
+        raise ValueError(f"vocab_size: expected a multiple of {least}, got {config.vocab_size}")
     if options.steps is not None and options.steps > window:
         raise ValueError(f"steps: expected 1 to {window}, the tokens that they uncover, got {options.steps}")
     if options.compat and shifted and (options.cache == "none" or options.steps is not None):

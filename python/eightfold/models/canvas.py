@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import torch
 
-from eightfold.models._canvas_ops import block_attention
 from eightfold.models.attention import Paged, PagedCache
-from eightfold.ops import paged_attention, rope_cache_write
+from eightfold.ops import block_attention, paged_attention, rope_cache_write
 
 BLOCK_ROWS = 64  # the most rows that block_attention takes
 _CODES = torch.float8_e4m3fn

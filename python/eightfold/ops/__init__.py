@@ -5,6 +5,7 @@ from eightfold.ops._fallback import kernels_run_on
 from eightfold.ops.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.ops.attention import attention, paged_attention, paged_store_
 from eightfold.ops.block_attention import block_attention
+from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
@@ -45,6 +46,7 @@ __all__ = [
     "gemm",
     "gemm_plan",
     "kernels_run_on",
+    "lm_head_confidence",
     "paged_attention",
     "paged_store_",
     "quantize",
@@ -63,4 +65,5 @@ __all__ = [
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose",
+    "uncover_",
 ]

@@ -6,6 +6,7 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 from eightfold.reference.activation import swiglu_backward_quantize, swiglu_quantize
 from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
 from eightfold.reference.block_attention import block_attention
+from eightfold.reference.confidence import lm_head_confidence, uncover_
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
@@ -42,6 +43,7 @@ __all__ = [
     "fp8_gemm",
     "fp8_gemm_accumulate_",
     "gemm",
+    "lm_head_confidence",
     "paged_attention",
     "paged_store_",
     "quantize",
@@ -60,4 +62,5 @@ __all__ = [
     "swiglu_backward_quantize",
     "swiglu_quantize",
     "transpose_codes",
+    "uncover_",
 ]

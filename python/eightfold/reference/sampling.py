@@ -18,12 +18,15 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: Tensor) -> list[
     return [c0, c1, c2, c3]
 
 
-def gumbel(seeds: Tensor, positions: Tensor, vocabulary: int) -> Tensor:
-    """Noise float64 [rows, vocabulary]: token v takes word v % 4 of the block (v // 4, 0, position, position >> 32)."""
-    block = torch.arange((vocabulary + 3) // 4, device=seeds.device)
+def gumbel(seeds: Tensor, positions: Tensor, count: int, begin: int = 0) -> Tensor:
+    """Noise float64 [rows, count] of the tokens from ``begin`` on, a multiple of 4.
+
+    Token v takes word v % 4 of the block (v // 4, 0, position, position >> 32).
+    """
+    block = torch.arange(begin // 4, (begin + count + 3) // 4, device=seeds.device)
     position, seed = positions[:, None], seeds[:, None]
     words = philox((block, torch.zeros_like(block), position & _LOW, position >> 32 & _LOW), seed)
-    word = torch.stack(words, dim=-1).flatten(1)[:, :vocabulary]
+    word = torch.stack(words, dim=-1).flatten(1)[:, :count]
     u = (word.float() * 2.0**-32 + 2.0**-33).clamp(max=1 - 2.0**-24).double()
     return -torch.log(-torch.log1p(-u))
 
