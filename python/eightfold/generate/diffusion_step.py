@@ -20,7 +20,7 @@ from eightfold.ops import QuantizedTensor, lm_head_confidence, quantize, uncover
 
 
 class DiffusionStep(CanvasState):
-    """One decoder, one cache; what is asked for is done to all sequences of the state. Weights stay at their addresses."""
+    """One decoder and one cache: what is asked for is done to all sequences. Weights stay at their addresses."""
 
     def __init__(self, model: Decoder, plan: Plan, kept: KeptWeights, capacity: int, max_tokens: int, graphs: bool):
         super().__init__(plan, capacity, max_tokens, model.device)
@@ -96,7 +96,8 @@ class DiffusionStep(CanvasState):
         if self.plan.shifted:
             self._before[:n] = hidden[begin - 1]
         if self.plan.force_first:
-            self._uncover(n, self._before[:n, None].expand(-1, self.plan.window, -1), first_only=True)
+            window = self._before[:n, None].expand(-1, self.plan.window, -1)
+            self._uncover(n, window.contiguous(), first_only=True)
         else:
             self._uncover(n, hidden[(begin - int(self.plan.shifted))[:, None] + self._index[: self.plan.window]])
         if self.plan.least_steps:
@@ -142,7 +143,7 @@ class DiffusionStep(CanvasState):
         n, rows = active.shape
         noise = {}
         if self.plan.options.temperature > 0:
-            seeds = self._seeds[:n, None].expand(n, rows).flatten()
+            seeds = self._seeds[:n, None].expand(n, rows).contiguous().flatten()
             noise = {
                 "temperatures": self._temperatures[: n * rows],
                 "seeds": seeds,
