@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 USER_ERROR, INTERRUPTED = 2, 130
+_DIFFUSION = ("canvas", "block", "cache", "threshold", "factor", "steps")  # flags of generate
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -129,7 +130,16 @@ def _quoted(value: object) -> str:
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from eightfold.generate.console import run
+    others = ("max_tokens", "top_k", "top_p") if args.diffusion else _DIFFUSION
+    wrong = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
+    if wrong:
+        raise ValueError(f"{wrong[0]}: {'not' if args.diffusion else 'only'} with --diffusion")
+    if args.max_tokens is None:
+        args.max_tokens = 200
+    if args.diffusion:
+        from eightfold.generate.diffusion_console import run
+    else:
+        from eightfold.generate.console import run
     from eightfold.train.config import ModelConfig
 
     args.model = ModelConfig(path=args.model).resolved()
@@ -233,12 +243,19 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("model", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2")
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
-    generate.add_argument("--max-tokens", type=int, default=200)
+    generate.add_argument("--max-tokens", type=int, help="default: 200")
     generate.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     generate.add_argument("--top-k", type=int, default=None)
     generate.add_argument("--top-p", type=float, default=None)
     generate.add_argument("--seed", type=int, default=0)
     generate.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
+    generate.add_argument("--diffusion", action="store_true", help="with a diffusion model: uncovers a canvas of masks")
+    generate.add_argument("--canvas", type=int, help="tokens of the canvas (default: 256)")
+    generate.add_argument("--block", type=int, help="tokens of a block (default: 32, or the model's)")
+    generate.add_argument("--cache", choices=("none", "prefix", "dual"), help="keys and values kept (default: dual)")
+    generate.add_argument("--threshold", type=float, help="uncover what is at least as probable (default: 0.9)")
+    generate.add_argument("--factor", type=float, help="instead: uncover the more, the surer the model is of all")
+    generate.add_argument("--steps", type=int, help="instead: uncover a block in so many passes")
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a model for transformers, vLLM or SGLang, in FP8 or bf16")
