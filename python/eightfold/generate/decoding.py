@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from eightfold.generate.replay import Replay
 from eightfold.generate.text import SamplingOptions
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
@@ -79,8 +80,7 @@ class DecodeStep:
         self._head: torch.Tensor | Codes | None = None
         self._weights: list[int] = []
         self._count, self._launches, self._changed = 0, 0, False
-        # The current device may be another than the model's.
-        self._stream = torch.cuda.Stream(model.device) if graphs else None
+        self._replay = Replay(graphs, model.device)
         # Two of each: the host writes and reads one while the device uses the other.
         self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
         self._resize(1)
@@ -93,12 +93,7 @@ class DecodeStep:
         self._table = torch.zeros(self._capacity, width, dtype=torch.int32)
         self._sent = [self._host(torch.int32, width) for _ in range(2)]
         self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
-        self._forget()
-
-    def _forget(self) -> None:
-        """Lets the graphs go. Those to come share another pool: one whose graphs are all gone cannot be used again."""
-        self._captured: dict[int, torch.cuda.CUDAGraph] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._replay.forget()
 
     def prepare(self, head: torch.Tensor | Codes, most_pages: int) -> None:
         """Before sequences of up to `most_pages` pages: `head` [vocabulary, hidden_size] is the head's weight, or its
@@ -106,7 +101,7 @@ class DecodeStep:
         read = (*(head if isinstance(head, tuple) else (head,)), *self._model.parameters())
         weights = [weight.data_ptr() for weight in read]
         if weights != self._weights:  # graphs read them where they were
-            self._forget()
+            self._replay.forget()
         self._head, self._weights = head, weights
         if most_pages > self._width:
             self._resize(1 << (most_pages - 1).bit_length())
@@ -141,10 +136,8 @@ class DecodeStep:
             self._sent[turn][: self._count] = self._table[: self._count]
             self._pages[: self._count].copy_(self._sent[turn][: self._count], non_blocking=True)
             self._changed = False
-        if self._graphs:
-            self._graph(bucket(self._count)).replay()
-        else:
-            self._advance(self._count)
+        rows = bucket(self._count) if self._graphs else self._count
+        self._replay(rows, lambda: self._advance(rows))
         host = [kept[: self._count] for kept in self._read[turn]]
         for kept, of in zip(host, (self._tokens, self._log_probs), strict=True):
             kept.copy_(of[: self._count], non_blocking=True)
@@ -173,19 +166,6 @@ class DecodeStep:
         tokens, log_probs = draw(row_logits(hidden, self._head), self._seeds[part], positions, *options)
         self._tokens[part] = tokens
         self._log_probs[part] = log_probs
-
-    def _graph(self, rows: int) -> torch.cuda.CUDAGraph:
-        if rows not in self._captured:
-            state = self._tokens, self._positions, self._log_probs
-            before = [kept.clone() for kept in state]
-            self._advance(rows)  # what a first call makes must not be made while capturing
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-                self._advance(rows)
-            for kept, value in zip(state, before, strict=True):  # the first call's keys are written again, the same
-                kept.copy_(value)
-            self._captured[rows] = graph
-        return self._captured[rows]
 
 
 def bucket(rows: int) -> int:

@@ -24,9 +24,9 @@ class DiffusionStep(CanvasState):
 
     def __init__(self, model: Decoder, plan: Plan, kept: KeptWeights, capacity: int, max_tokens: int, graphs: bool):
         super().__init__(plan, capacity, max_tokens, model.device)
-        self._model, self._kept, self._replay = model, kept, Replay(graphs)
+        self._model, self._kept, self._replay = model, kept, Replay(graphs, model.device)
         on = {"device": model.device}
-        dtype = torch.float8_e4m3fn if plan.options.fp8_cache else model.compute.dtype
+        dtype = torch.float8_e4m3fn if plan.options.fp8_cache else model.compute.cache_dtype
         self._cache = CanvasCache(model.config, capacity, self.max_tokens, dtype, model.device)
         # The hidden row before the window, for models whose rows predict the token after theirs.
         self._before = torch.zeros(capacity, model.config.hidden_size, dtype=model.compute.dtype, **on)
@@ -156,7 +156,7 @@ class DiffusionStep(CanvasState):
 
     def _operands(self, hidden: torch.Tensor) -> tuple:
         head = self._model.lm_head
-        if not self.plan.options.fp8_head:
+        if not (self.plan.options.fp8_head or self._model.compute.fp8_head):
             return hidden, self._kept.rounded(head)
         codes, scales = self._kept.codes[head].codes(head.weight)
         return quantize(hidden.contiguous(), (1, 128)), QuantizedTensor(codes, scales, (128, 128))

@@ -259,4 +259,7 @@ class Paged:
 
     def _attend(self, q: torch.Tensor, pages: dict[str, torch.Tensor]) -> torch.Tensor:
         where = {"pages": self.pages, "starts": self.starts, "lengths": self.lengths, "longest": self.longest}
-        return paged_attention(q, **pages, **where).flatten(1)[None]
+        return paged_attention(q, **pages, **where, **self._mask()).flatten(1)[None]
+
+    def _mask(self) -> dict[str, bool | int]:
+        return {}
