@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 BUILD := build/native
 CXX_FILES = $(shell git ls-files -- 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' 2>/dev/null)
 
-.PHONY: build demo rl-demo test gpu-test sanitize bench table wheel format lint clean
+.PHONY: build demo rl-demo diffusion-demo test gpu-test sanitize bench table wheel format lint clean
 
 $(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -25,6 +25,9 @@ demo: build
 
 rl-demo: build
 	$(BIN)/eightfold rl --demo
+
+diffusion-demo: build
+	$(BIN)/eightfold generate --diffusion --demo
 
 test: build
 	$(BIN)/python -m pytest

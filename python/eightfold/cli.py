@@ -134,6 +134,16 @@ def _generate(args: argparse.Namespace) -> int:
     wrong = [f"--{name.replace('_', '-')}" for name in others if getattr(args, name) is not None]
     if wrong:
         raise ValueError(f"{wrong[0]}: {'not' if args.diffusion else 'only'} with --diffusion")
+    if args.demo:
+        if not args.diffusion or args.model is not None:
+            raise ValueError("--demo: expected with --diffusion, and no model: it makes its own")
+        from eightfold.generate.diffusion_demo import run as run_demo
+
+        return run_demo(Path(args.output or "diffusion_demo_output"))
+    if args.output is not None:
+        raise ValueError("--output: only with --demo")
+    if args.model is None:
+        raise ValueError("model: expected a folder, a .gguf file or smollm2, got none")
     if args.max_tokens is None:
         args.max_tokens = 200
     if args.diffusion:
@@ -240,7 +250,9 @@ def _parser() -> argparse.ArgumentParser:
     rl.set_defaults(run=_rl)
 
     generate = commands.add_parser("generate", help="write text with a model")
-    generate.add_argument("model", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2")
+    generate.add_argument(
+        "model", nargs="?", help="Hugging Face folder, .gguf file, a training run's folder, or smollm2"
+    )
     generate.add_argument("prompt", nargs="?", help="default: read from standard input")
     generate.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
     generate.add_argument("--max-tokens", type=int, help="default: 200")
@@ -256,6 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--threshold", type=float, help="uncover what is at least as probable (default: 0.9)")
     generate.add_argument("--factor", type=float, help="instead: uncover the more, the surer the model is of all")
     generate.add_argument("--steps", type=int, help="instead: uncover a block in so many passes")
+    generate.add_argument("--demo", action="store_true", help="with --diffusion: a tiny model learns sums on a CPU")
+    generate.add_argument("--output", help="of --demo, folder (default: diffusion_demo_output)")
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a model for transformers, vLLM or SGLang, in FP8 or bf16")
