@@ -14,4 +14,4 @@ FAMILIES = (
     "confidence",
     "optim",
 )
-LONG = ("step", "decode", "rl")  # whole layers, steps and models, with compiles: minutes, so only by name
+LONG = ("step", "decode", "rl", "diffusion")  # whole layers, steps and models, with compiles: minutes, so only by name

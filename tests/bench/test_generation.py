@@ -47,3 +47,17 @@ def test_rl(bench, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "ours: weights handed over in " in out
     assert out.count("max |delta log p| 0.0") >= 2  # the two flows in FP8
+
+
+def test_diffusion(bench, tmp_path):
+    bench.__main__.main(["diffusion", "--device", "cpu", "--results", str(tmp_path)])
+    found = records(tmp_path / "cpu" / "diffusion.jsonl")
+    lines = [record["line"]["op"] for record in found if "line" in record]
+    modes = ("bf16", "fp8", "all fp8")
+    assert lines == [f"diffusion {op} {mode}" for mode in modes for op in ("refresh", "step")]
+    runs = [record["step"]["runs"] for record in found if "step" in record]
+    assert [list(run) for run in runs] == [[mode] for mode in modes]
+    for run in runs:
+        (figures,) = run.values()
+        assert figures["forwards"] == 2 * 11
+        assert figures["tokens_per_second"] > 0
