@@ -57,8 +57,9 @@ def parts(samples: Sequence[Sample], tokens: int) -> Iterator[list[Sample]]:
         yield part
 
 
-def pack(samples: Sequence[Sample], device: torch.device) -> PackedSamples:
-    """One part of a step."""
+def pack(samples: Sequence[Sample], device: torch.device, multiple: int | None = None) -> PackedSamples:
+    """One part of a step, filled up to a multiple of so many tokens by a sequence of which nothing is asked; default:
+    128 on CUDA, whose FP8 products take the rows beyond a multiple of that by themselves, and 1 elsewhere."""
     ids, starts, rows, labels, temperatures, log_probs, drawn = [], [0], [], [], [], [], [0]
     for sample in samples:
         tokens = [*sample.prompt, *sample.completion.tokens]
@@ -70,6 +71,13 @@ def pack(samples: Sequence[Sample], device: torch.device) -> PackedSamples:
         temperatures += [sample.temperature] * count
         log_probs += sample.completion.log_probs
         drawn.append(len(labels))
+
+    longest = max(sample.tokens for sample in samples)
+    filling = -len(ids) % ((128 if device.type == "cuda" else 1) if multiple is None else multiple)
+    if filling:
+        ids += [0] * filling
+        starts.append(len(ids))
+        longest = max(longest, filling)
 
     def tensor(values: list, dtype: torch.dtype) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=device)
@@ -86,7 +94,7 @@ def pack(samples: Sequence[Sample], device: torch.device) -> PackedSamples:
     return PackedSamples(
         tensor(ids, torch.int64),
         tensor(starts, torch.int32),
-        max(sample.tokens for sample in samples),
+        longest,
         tensor(rows, torch.int64),
         tensor(labels, torch.int64),
         tensor(temperatures, torch.float32),
