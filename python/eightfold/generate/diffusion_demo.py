@@ -6,6 +6,7 @@ this run, on sums that it has not seen.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 from eightfold.generate.diffusion_console import view
 from eightfold.generate.diffusion_lm import DiffusionGenerator
 from eightfold.generate.diffusion_options import DiffusionOptions
+from eightfold.generate.diffusion_scores import read_problems, score
 from eightfold.models.loading import load_decoder
 from eightfold.train import checkpoint
 from eightfold.train.config import TrainConfig, parse_config
@@ -34,7 +36,7 @@ def run(output: Path, steps: int | None = None, sums: int = SUMS) -> int:
         train(demo_config(output, steps or STEPS))
         print()
     model, tokenizer = load_decoder(checkpoint.complete(str(output / "run"))[-1], precision="fp32")
-    problems = [json.loads(line) for line in (output / "test.jsonl").read_text().splitlines()]
+    problems = read_problems(output / "test.jsonl")
     figures = {
         cache: _answer(model.eval(), tokenizer, problems, cache, shown=cache == "dual") for cache in CACHES[::-1]
     }
@@ -88,25 +90,16 @@ def demo_config(output: Path, steps: int) -> TrainConfig:
 def _answer(model, tokenizer, problems: list[dict], cache: str, shown: bool) -> dict[str, float]:
     """What a cache mode makes of the problems; with ``shown`` the first of them are watched, pass by pass."""
     engine = DiffusionGenerator(model, tokenizer, DiffusionOptions(canvas=CANVAS, block_length=BLOCK, cache=cache))
-    prompts = [tokenizer.encode(problem["prompt"]) for problem in problems]
-    for prompt, problem in zip(prompts[:SHOWN] if shown else [], problems, strict=False):
+    for problem in problems[:SHOWN] if shown else []:
         print(f"{problem['prompt']}  each line is a pass of the model: cache {cache}, blocks of {BLOCK}, threshold 0.9")
         masks = [engine.plan.mask_id] * CANVAS
 
         def show(_: int, canvas: list[int], masks=masks) -> None:
             print(f"  {view(tokenizer, masks, canvas, masks[0]).plain}")
 
-        engine.generate([prompt], on_pass=show)
+        engine.generate([problem["prompt"]], on_pass=show)
         print()
-    results = engine.generate(prompts)
-    texts = [tokenizer.decode(r.tokens[:-1] if r.finish == "eos" else r.tokens) for r in results]
-    meters = engine.meters
-    return {
-        "right": sum(text == problem["completion"] for text, problem in zip(texts, problems, strict=True)),
-        "forwards": meters.forwards,
-        "tokens_per_forward": meters.tokens_per_forward,
-        "tokens_per_second": meters.canvas_tokens_per_second,
-    }
+    return dataclasses.asdict(score(engine, problems))
 
 
 def print_table(figures: dict[str, dict[str, float]], problems: int) -> None:
