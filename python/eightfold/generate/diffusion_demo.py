@@ -21,7 +21,7 @@ from eightfold.train.config import TrainConfig, parse_config
 from eightfold.train.loop import train
 from eightfold.train.sums import write_problems, write_tiny_model
 
-STEPS = 1200
+STEPS = 2000
 SUMS, TEST, SHOWN = 40_000, 100, 2
 CANVAS, BLOCK = 24, 8
 CACHES = ("none", "prefix", "dual")
@@ -98,7 +98,7 @@ def _answer(model, tokenizer, problems: list[dict], cache: str, shown: bool) -> 
             print(f"  {view(tokenizer, masks, canvas, masks[0]).plain}")
 
         engine.generate([problem["prompt"]], on_pass=show)
-        print()
+        print(f"  {problem['completion']} would be right\n")
     return dataclasses.asdict(score(engine, problems))
 
 
