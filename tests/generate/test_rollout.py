@@ -119,6 +119,8 @@ def test_bf16_by_kernels_is_near_the_trainer(model_type, device, monkeypatch):
         assert seen.counts[f"eightfold::{op}"] == each * forwards, op
     for op in ("silu", "silu_", "sigmoid", "rsqrt", "rsqrt_"):
         assert seen.counts[f"aten::{op}"] == 0, op
+    products = sum(seen.counts[f"aten::{op}"] for op in ("linear", "matmul", "mm", "addmm"))
+    assert products == 4 * layers * forwards  # q, k and v are one; gate and up; o; down
     rolled = [c.log_probs for group in groups for c in group]
     found = trainer(model, asked, groups, range(len(rolled)))
     apart = (torch.tensor(rolled) - torch.tensor(found)).abs()

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from eightfold.models import Decoder, DecoderConfig, load_decoder
 from eightfold.models.attention import Whole
 from eightfold.models.decoder import DecoderLayer
-from eightfold.models.precision import FP32
+from eightfold.models.precision import FP32, KeptWeights
 
 TINY = DecoderConfig("llama", 320, 64, 160, 2, 4, 2, 16)
 
@@ -335,3 +335,19 @@ def test_config_round_trip(model_type):
     config = DecoderConfig.from_hf({"model_type": model_type, **SIZES, "rope_scaling": rope, "rope_theta": 5e5})
     assert config.rope_scaling == rope
     assert DecoderConfig.from_hf(config.to_hf()) == config
+
+
+def test_stacked_weights_follow_the_parameters():
+    """They stay where they are, as CUDA graphs ask for, and `refresh` writes the weights of the moment there."""
+    layers = [torch.nn.Linear(8, rows) for rows in (16, 4, 4)]
+    kept = KeptWeights(torch.bfloat16)
+    weight, bias = kept.stacked(layers), kept.stacked(layers, "bias")
+    for layer in layers:
+        with torch.no_grad():
+            layer.weight.mul_(2)
+            layer.bias.add_(1)
+    kept.refresh()
+    assert kept.stacked(layers) is weight
+    assert torch.equal(weight, torch.cat([layer.weight for layer in layers]).bfloat16())
+    assert torch.equal(bias, torch.cat([layer.bias for layer in layers]).bfloat16())
+    assert kept.stacked([torch.nn.Linear(8, 4, bias=False)] * 2, "bias") is None

@@ -7,7 +7,7 @@ the new stream, because one kernel does both.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -75,6 +75,7 @@ class KeptWeights:
         self.codes: defaultdict[nn.Linear, WeightCache] = defaultdict(WeightCache)
         self._rounded: dict[tuple[nn.Linear, str], torch.Tensor] = {}
         self._widened: dict[tuple[nn.Linear, str], torch.Tensor] = {}
+        self._stacked: dict[tuple[tuple[nn.Linear, ...], str], torch.Tensor] = {}
 
     def rounded(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
         """The layer's weight, or its bias if it has one, in `dtype`: itself, where it has it."""
@@ -86,6 +87,16 @@ class KeptWeights:
     def widened(self, layer: nn.Linear, name: str = "weight") -> torch.Tensor | None:
         """The same values in fp32."""
         return None if getattr(layer, name) is None else self._keep(self._widened, layer, name, torch.float32)
+
+    def stacked(self, layers: Sequence[nn.Linear], name: str = "weight") -> torch.Tensor | None:
+        """The layers' weights, or their biases if they have them, in `dtype`, one below the other: a copy."""
+        parts, key = [getattr(layer, name) for layer in layers], (tuple(layers), name)
+        if parts[0] is None:
+            return None
+        if key not in self._stacked:
+            with torch.inference_mode(False):
+                self._stacked[key] = torch.cat([part.detach().to(self.dtype) for part in parts])
+        return self._stacked[key]
 
     def _keep(self, store: dict, layer: nn.Linear, name: str, dtype: torch.dtype) -> torch.Tensor:
         if (layer, name) not in store:
@@ -99,6 +110,10 @@ class KeptWeights:
         for store in (self._rounded, self._widened):
             for (layer, name), kept in store.items():
                 kept.copy_(getattr(layer, name).detach().to(self.dtype))
+        for (layers, name), kept in self._stacked.items():
+            parts = [getattr(layer, name).detach() for layer in layers]
+            for into, part in zip(kept.split([len(part) for part in parts]), parts, strict=True):
+                into.copy_(part)
 
 
 class FP32:
@@ -190,6 +205,19 @@ class BF16(FP32):
             return fused.bf16_linear(x, self._kept.rounded(layer), self._kept.rounded(layer, "bias"))
         weight, bias = self._kept.widened(layer), self._kept.widened(layer, "bias")
         return F.linear(x.float(), weight, bias).to(self.dtype)
+
+    def norm_linears(self, x, norm, layers, residual=None):
+        stream, y = self.add_norm(x, norm, residual)
+        if torch.is_grad_enabled() or not self.kernels_on(y.device) or not self._stacks(layers):
+            return stream, [self.linear(y, layer) for layer in layers]
+        out = fused.bf16_linear(y, self._kept.stacked(layers), self._kept.stacked(layers, "bias"))
+        return stream, list(out.split([layer.out_features for layer in layers], dim=-1))
+
+    def _stacks(self, layers: Sequence[nn.Linear]) -> bool:
+        """Whether the layers' products are one: where their weights are copied anyway, or a copy is small, as of q, k
+        and v beside the rest of a layer."""
+        rows = sum(layer.out_features for layer in layers)
+        return layers[0].weight.dtype != self.dtype or rows <= 4 * layers[0].in_features
 
     def kernels_on(self, device):
         # One for five or six: a step of one token is a chain of kernels, with little to do for each.
