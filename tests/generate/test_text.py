@@ -2,6 +2,8 @@ import pytest
 import torch
 
 from eightfold.generate import SamplingOptions, generate
+from eightfold.generate.requests import RolloutOptions
+from eightfold.generate.rollout import Rollout
 from eightfold.generate.text import next_token
 from eightfold.models import Decoder, DecoderConfig
 
@@ -100,3 +102,12 @@ def test_errors_name_the_argument(model, prompt):
         SamplingOptions(top_k=-2)
     with pytest.raises(ValueError, match="top_p: expected 0 < top_p <= 1, got 0"):
         SamplingOptions(top_p=0)
+
+
+def test_a_diffusion_model_is_refused():
+    config = DecoderConfig("llada", 64, 32, 64, 1, 2, 2, 16, mask_token_id=63)
+    diffusion = Decoder(config, precision="fp32")
+    with pytest.raises(ValueError, match=r"model: expected a causal one, got a diffusion .* \(attention_block 0\)"):
+        generate(diffusion, torch.ones(1, 3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="model: expected a causal one"):
+        Rollout(diffusion, RolloutOptions(pages=4, page_size=16))

@@ -18,6 +18,7 @@ import torch
 from eightfold.generate.decoding import DecodeRow, DecodeStep, Drawn, draw
 from eightfold.generate.pages import PagePool
 from eightfold.generate.requests import Completion, Finish, Request, RolloutOptions, sample_seed
+from eightfold.generate.text import check_causal
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
 from eightfold.models.head import row_logits
@@ -58,7 +59,9 @@ class Rollout:
     """An engine over one decoder. Weights must not change while `generate` runs; between two calls they may."""
 
     def __init__(self, model: Decoder, options: RolloutOptions, tokenizer=None):
-        """tokenizer: needed for requests with strings to stop at; only its `decode` is used."""
+        """tokenizer: needed for requests with strings to stop at; only its `decode` is used. ValueError for a model
+        that is not causal."""
+        check_causal(model)
         self.model, self.options, self.tokenizer = model, options, tokenizer
         self.pool = PagePool(options.pages)
         self.kept = KeptWeights(model.compute.dtype)

@@ -39,6 +39,16 @@ def next_token(
     return sample(logits.float(), seeds, positions, options.temperature, options.top_k, options.top_p)
 
 
+def check_causal(model: Decoder) -> None:
+    """ValueError for a diffusion language model, which does not write one token after the other."""
+    block = model.config.attention_block
+    if block != 1:
+        raise ValueError(
+            f"model: expected a causal one, got a diffusion language model (attention_block {block}): use "
+            "DiffusionGenerator, or --diffusion on the command line"
+        )
+
+
 @torch.inference_mode()
 def generate(
     model: Decoder,
@@ -56,6 +66,7 @@ def generate(
     instead of `seed`), each token by its place in the row: repeatable, whatever rows stand beside it (`ops.sample`).
     Raises ValueError naming the argument, RuntimeError if the model gives NaN.
     """
+    check_causal(model)
     if prompt.dim() != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: expected ids [B, T] with T > 0, got {tuple(prompt.shape)}")
     if max_new_tokens < 0:
