@@ -1,5 +1,5 @@
-"""Attention whose rows keep their bits: training forward (half of the square counts), decoding over pages, and what
-lies between the projection and these.
+"""Attention whose rows keep their bits: training (half of the square counts), decoding over pages, and what lies
+between the projection and these.
 
 The ceiling of the first is an E4M3 product, twice what bf16 operands can reach; of the second the bytes of its keys; of
 the third q, k and v read and written once.
@@ -21,6 +21,8 @@ def run(bench: Bench) -> None:
     layers = ((4, 2048, 32, 32, 128), (4, 2048, 28, 4, 128), (4, 2048, 9, 3, 64)) if cuda else ((1, 512, 9, 3, 64),)
     for layer in layers:
         bench.add(_training(bench.device, *layer))
+    for layer in (*layers, (2, 2559, 32, 8, 128)) if cuda else layers:
+        bench.add(_gradients(bench.device, *layer))
     caches = ((64, 1024, 28, 4, 128), (64, 1024, 32, 8, 128), (64, 1024, 32, 32, 128), (16, 4096, 32, 8, 128))
     for cache in caches if cuda else ((8, 512, 9, 3, 64),):
         bench.add(_decode(bench.device, *cache))
@@ -32,12 +34,15 @@ def run(bench: Bench) -> None:
         bench.add(_decode(bench.device, *cache, codes=True))
 
 
-def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
-    def rows(count: int) -> torch.Tensor:
-        return torch.randn(batch * tokens, count, dim, device=device, dtype=torch.bfloat16)
+def _rows(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> list[torch.Tensor]:
+    """q, k, v and starts."""
+    counts = heads, kv_heads, kv_heads
+    rows = [torch.randn(batch * tokens, n, dim, device=device, dtype=torch.bfloat16) for n in counts]
+    return [*rows, torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens]
 
-    q, k, v = rows(heads), rows(kv_heads), rows(kv_heads)
-    starts = torch.arange(batch + 1, device=device, dtype=torch.int32) * tokens
+
+def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    q, k, v, starts = _rows(device, batch, tokens, heads, kv_heads, dim)
     scale, group = dim**-0.5, heads // kv_heads
 
     def ours() -> torch.Tensor:
@@ -63,6 +68,51 @@ def _training(device: torch.device, batch: int, tokens: int, heads: int, kv_head
         tolerance=2e-2,
         flop=2 * batch * heads * tokens * tokens * dim,
         peers={name: _sdpa(heads_first, kind) for name, kind in kinds.items()},
+    )
+
+
+def _gradients(device: torch.device, batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> Case:
+    q, k, v, starts = _rows(device, batch, tokens, heads, kv_heads, dim)
+    scale, group = dim**-0.5, heads // kv_heads
+    out, lse = ops.attention(q, k, v, starts, tokens, scale)
+    dout = torch.randn_like(out)
+
+    def ours() -> tuple[torch.Tensor, ...]:
+        return ops.attention_backward(dout, q, k, v, out, lse, starts, tokens, scale)
+
+    def error() -> float:
+        first = [x[:tokens, :n] for x, n in ((dout, group), (q, group), (k, 1), (v, 1), (out, group))]
+        exact = reference.attention_backward(*first, lse[:group, :tokens], starts[:2], tokens, scale)
+        parts = [x[:tokens, :n] for x, n in zip(ours(), (group, 1, 1), strict=True)]
+        return max(relative_error(a, b) for a, b in zip(parts, exact, strict=True))
+
+    leaves = [x.view(batch, tokens, -1, dim).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    kinds = {"torch flash": SDPBackend.FLASH_ATTENTION, "torch flash, same bits": SDPBackend.FLASH_ATTENTION}
+    if device.type == "cuda":
+        kinds["cuDNN"] = SDPBackend.CUDNN_ATTENTION
+    grad = dout.view(batch, tokens, heads, dim).transpose(1, 2)
+
+    def peer(kind: SDPBackend, same_bits: bool):
+        theirs = _sdpa(leaves, kind)()
+
+        def call() -> tuple[torch.Tensor, ...]:
+            torch.use_deterministic_algorithms(same_bits)
+            found = torch.autograd.grad(theirs, leaves, grad, retain_graph=True)
+            torch.use_deterministic_algorithms(False)
+            return found
+
+        return call
+
+    return Case(
+        "attention_backward",
+        f"{batch}x{tokens} {heads}:{kv_heads}x{dim}",
+        ours=ours,
+        error=error,
+        tolerance=2e-2,
+        flop=5 * batch * heads * tokens * tokens * dim,
+        peers={name: peer(kind, "same bits" in name) for name, kind in kinds.items()},
+        graph=False,
+        queue_cycles=1_000_000,
     )
 
 

@@ -148,7 +148,7 @@ def attends(lengths, heads, kv_heads, dim, page_size):
     q, k, v = (torch.randn(tokens, h, dim, device="cuda", dtype=torch.bfloat16) for h in (heads, kv_heads, kv_heads))
     for mask in ((True, 32), (False, 1), (True, 1)):
         out, lse = op.attention(q, k, v, starts, max(lengths), 0.1, *mask)
-    op.attention_backward(out, q, k, v, out, lse, starts, max(lengths), 0.1, True)
+        op.attention_backward(out, q, k, v, out, lse, starts, max(lengths), 0.1, *mask)
     most = -(-max(lengths) // page_size)
     pages = torch.randperm(count * most, device="cuda", dtype=torch.int32).view(count, most)
     places = torch.cat([torch.arange(n, device="cuda") for n in lengths])

@@ -79,6 +79,9 @@ void attention_backward_cpu(const AttentionBackward& op);
 void paged_attention_cpu(const PagedAttention& op);
 
 void attention_sm90(const Attention& op, void* stream);
+// Bytes of workspace for what attention_backward_sm90 is given; decided by sizes alone.
+int64_t attention_backward_workspace_sm90(const Attention& op);
+void attention_backward_sm90(const AttentionBackward& op, void* workspace, void* stream);
 // Bytes of workspace for what paged_attention_sm90 is given; decided by sizes and the current device alone.
 int64_t paged_attention_workspace_sm90(const PagedAttention& op);
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream);

@@ -177,7 +177,7 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
       absorb<kDim, kExist>(rows, scores, args.factor, weights);
       const uint32_t v = next(kept);
       if (!Pages::kCodes && kept < kTile) clear_rows<kDim>(v, kept, 1);
-      start_mix<kDim>(rows, weights, v);
+      start_mix<kDim>(rows.out, weights, v);
       wgmma_wait_all();
       pin_registers(rows.out);
       done();

@@ -9,11 +9,11 @@ namespace eightfold::attention {
 constexpr int kRowsOfBox = kAttentionTile;
 
 // [tokens, heads, dim]: a box begins at (column, head, token).
-inline CUtensorMap rows_map(const AttentionRows& rows, int64_t tokens, int64_t heads, int64_t dim) {
+inline CUtensorMap rows_map(const AttentionRows& rows, int64_t tokens, int64_t heads, int64_t dim, uint32_t of_box = kRowsOfBox) {
   return encode_tensor_map({rows.data,
                             {dim, heads, tokens},
                             {0, 2 * rows.head_stride, 2 * rows.token_stride},
-                            {64, 1, kRowsOfBox},
+                            {64, 1, of_box},
                             CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                             2,
                             CU_TENSOR_MAP_SWIZZLE_128B,

@@ -2,8 +2,7 @@
 //
 //   work       128 queries of a head of a sequence: for as many heads as the L2 cache holds keys of, those with the most keys first
 //   producer   one thread has the copy engine bring the queries (two buffers) and a ring of tiles, k and v by turns, also for the next
-//   piece
-//              of work while this one's results leave
+//              piece of work while this one's results leave
 //   math       two warpgroups of 64 queries: scores, softmax and mix of a tile one after the other (attention_tile.cuh); one's softmax
 //              runs beside the other's products. Chunks are folded in registers.
 //
@@ -17,6 +16,7 @@
 #include "attention/attention_keys.cuh"
 #include "attention/attention_maps.h"
 #include "attention/attention_paged.h"
+#include "attention/attention_work.cuh"
 #include "core/barrier.cuh"
 #include "core/device.h"
 #include "core/launch.cuh"
@@ -38,51 +38,6 @@ struct Config {
   static constexpr int kQueryFull = kEmpty + 8 * kStages, kQueryEmpty = kQueryFull + 8 * kQueryBuffers;
   static constexpr int kBytes = kQueryEmpty + 8 * kQueryBuffers;
   static_assert(kBytes <= 232448);
-};
-
-constexpr int64_t kCachedKeys = 20 << 20;  // bytes of keys and values that stay in the L2 cache while heads share it
-
-// A pair is a head of a sequence; `span` of them share the cache.
-template <class Keys>
-struct Args {
-  Keys keys;
-  __nv_bfloat16* out;
-  float* lse;
-  int64_t out_token_stride, out_head_stride, tokens;
-  const int32_t* starts;
-  int32_t heads, group, query_tiles, pairs, span, work;  // group: heads that share keys; query_tiles: of the longest sequence
-  int32_t block;                                         // of the mask
-  float factor;
-};
-
-struct Work {
-  int32_t sequence, begin, head, row, rows;  // begin: of the sequence; row: of the first query, `rows` of them
-  int32_t first, keys, tiles;                // first: its position; keys: that exist
-
-  template <class Keys>
-  __device__ __forceinline__ Work(const Args<Keys>& args, int32_t index) {
-    const int32_t section = index / (args.span * args.query_tiles), rest = index % (args.span * args.query_tiles);
-    const int32_t width = min(args.span, args.pairs - section * args.span);
-    const int32_t tile = args.query_tiles - 1 - rest / width, pair = section * args.span + rest % width;
-    sequence = pair / args.heads, head = pair % args.heads;
-    const int32_t end = __ldg(args.starts + sequence + 1);
-    begin = __ldg(args.starts + sequence);
-    row = begin + tile * kTile;
-    rows = min(end - row, kTile);
-    if constexpr (Keys::kPaged) {
-      keys = __ldg(args.keys.lengths + sequence);
-      first = keys - (end - begin) + tile * kTile;
-    } else {
-      keys = end - begin;
-      first = tile * kTile;
-    }
-    tiles = rows > 0 ? (sees(args, kTile - 1) + kTile - 1) / kTile : 0;
-  }
-  // Keys that one of its queries sees.
-  template <class Keys>
-  __device__ __forceinline__ int32_t sees(const Args<Keys>& args, int32_t place) const {
-    return keys_seen(first + place, keys, args.block);
-  }
 };
 
 template <int kDim, class Keys>
@@ -168,7 +123,7 @@ __device__ __forceinline__ void multiply(const Args<Keys>& args, uint32_t shared
       barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
       const uint32_t v = shared + C::kRing + at.stage * C::kTileBytes;
       if (kept < kTile) clear_rows<kDim>(v, kept, 1 + group);
-      start_mix<kDim>(chunk, weights, v);
+      start_mix<kDim>(chunk.out, weights, v);
       wgmma_wait_all();
       pin_registers(chunk.out);
       release(shared + C::kEmpty + 8 * at.stage);
@@ -238,30 +193,11 @@ void launch_dim(const AttentionRows& q, int64_t dim, const CUtensorMap& k, const
   launch<128>(q, k, v, args, s);
 }
 
-// What both kinds of keys have in common.
-template <class Keys, class Op>
-Args<Keys> arguments(const Op& op, const Keys& keys) {
-  Args<Keys> args{};
-  args.keys = keys;
-  args.out = static_cast<__nv_bfloat16*>(op.out.data);
-  args.out_token_stride = op.out.token_stride, args.out_head_stride = op.out.head_stride;
-  args.tokens = op.tokens;
-  args.starts = op.starts;
-  args.heads = static_cast<int32_t>(op.heads), args.group = static_cast<int32_t>(op.heads / op.kv_heads);
-  args.query_tiles = static_cast<int32_t>((op.longest + kTile - 1) / kTile);
-  args.pairs = static_cast<int32_t>(op.sequences * op.heads);
-  args.span = static_cast<int32_t>(std::max<int64_t>(1, kCachedKeys / (op.longest * op.dim * 4))) * args.group;
-  args.work = args.query_tiles * args.pairs;
-  args.block = static_cast<int32_t>(op.block);
-  args.factor = op.scale * 1.4426950408889634f;
-  return args;
-}
-
 }  // namespace
 
 void attention_sm90(const Attention& op, void* stream) {
   if (op.tokens == 0) return;
-  Args<PackedKeys> args = arguments(op, PackedKeys{});
+  Args<PackedKeys> args = arguments(op, op.out, PackedKeys{});
   args.lse = op.lse;
   const CUtensorMap k = rows_map(op.k, op.tokens, op.kv_heads, op.dim), v = rows_map(op.v, op.tokens, op.kv_heads, op.dim);
   launch_dim(op.q, op.dim, k, v, args, stream);
@@ -271,8 +207,9 @@ namespace attention {
 
 void paged_rows_sm90(const PagedAttention& op, void* stream) {
   if (op.tokens == 0) return;
-  const Args<PagedKeys> args = arguments(op, PagedKeys{op.pages, op.lengths, static_cast<int32_t>(op.most_pages),
-                                                       static_cast<int32_t>(op.page_size), static_cast<int32_t>(op.page_count)});
+  const Args<PagedKeys> args = arguments(op, op.out,
+                                         PagedKeys{op.pages, op.lengths, static_cast<int32_t>(op.most_pages),
+                                                   static_cast<int32_t>(op.page_size), static_cast<int32_t>(op.page_count)});
   launch_dim(op.q, op.dim, pages_map(op.k_pages, op), pages_map(op.v_pages, op), args, stream);
 }
 

@@ -77,13 +77,13 @@ __device__ __forceinline__ void start_scores(float (&scores)[kCount], uint32_t q
 
 // Under way until wgmma_wait_all(): out += weights v.
 template <int kDim, int kWords>
-__device__ __forceinline__ void start_mix(Rows<kDim>& rows, const uint32_t (&weights)[kWords], uint32_t v) {
+__device__ __forceinline__ void start_mix(float (&out)[kDim / 2], const uint32_t (&weights)[kWords], uint32_t v) {
   constexpr int kKeys = 4 * kWords;
-  pin_registers(rows.out);
+  pin_registers(out);
   wgmma_fence();
 #pragma unroll
   for (int i = 0; i < kKeys / 16; ++i)
-    WgmmaBf16OfRegisters<kDim>::multiply(rows.out, weights + 4 * i, wgmma_columns_operand(v + i * 2048, Shape<kDim, kKeys>::kBlockBytes));
+    WgmmaBf16OfRegisters<kDim>::multiply(out, weights + 4 * i, wgmma_columns_operand(v + i * 2048, Shape<kDim, kKeys>::kBlockBytes));
   wgmma_commit();
 }
 
@@ -165,20 +165,24 @@ __device__ __forceinline__ void fold_chunk(Rows<kDim>& all, const Rows<kDim>& ch
   }
 }
 
-// The lane's row h, divided by its sum; `exists` may differ between rows.
+// The lane's row h times `factor`; `exists` may differ between rows.
 template <int kDim>
-__device__ __forceinline__ void store_row(__nv_bfloat16* to, const Rows<kDim>& rows, int h, bool exists) {
+__device__ __forceinline__ void store_row(__nv_bfloat16* to, const float (&out)[kDim / 2], float factor, int h, bool exists) {
   const uint32_t lane = threadIdx.x % 32;
-  const float inverse = reciprocal(rows.sum[h]);
 #pragma unroll
   for (int i = 0; i < kDim / 8; i += 4) {
     uint32_t words[4];
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      words[j] = pack_bf16(__fmul_rn(rows.out[4 * (i + j) + 2 * h], inverse), __fmul_rn(rows.out[4 * (i + j) + 2 * h + 1], inverse));
+      words[j] = pack_bf16(__fmul_rn(out[4 * (i + j) + 2 * h], factor), __fmul_rn(out[4 * (i + j) + 2 * h + 1], factor));
     transpose_quad(words, lane % 4);
     if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (lane % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
   }
+}
+// The same, divided by its sum.
+template <int kDim>
+__device__ __forceinline__ void store_row(__nv_bfloat16* to, const Rows<kDim>& rows, int h, bool exists) {
+  store_row<kDim>(to, rows.out, reciprocal(rows.sum[h]), h, exists);
 }
 
 // Rows of v from `kept` on: what lies beyond a sequence may be anything, and 0 * NaN is NaN. By all threads of a warpgroup, `meeting` its

@@ -9,7 +9,8 @@ namespace {
 const int32_t* starts_of(const Tensor& starts, const Tensor& q, int64_t longest, const char* op) {
   check_rank(starts, 1, op, "starts");
   EF_CHECK(starts.size(0) >= 1, op, ": starts must have at least one element, got shape ", shape_of(starts));
-  EF_CHECK(longest >= 0, op, ": longest must be at least 0, got ", longest);
+  const int64_t least = std::min<int64_t>(1, q.size(0));
+  EF_CHECK(longest >= least, op, ": longest must be at least ", least, " with ", q.size(0), " rows of q, got ", longest);
   const auto* values = integers<int32_t>(starts, q, ScalarType::Int, {starts.size(0)}, op, "starts");
   if (!q.is_cpu()) return values;  // on CUDA values are not read before launch
   const int64_t sequences = starts.size(0) - 1;
@@ -79,7 +80,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
   for (const auto& [t, name] : {std::pair{&dout, "dout"}, {&out, "out"}}) {
     check_rows(*t, op, name);
     check_like(*t, q, {q.size(0), q.size(1), q.size(2)}, op, name);
+    check_sm90(*t, op, name);
   }
+  check_sm90(q, op, "q"), check_sm90(k, op, "k"), check_sm90(v, op, "v");
   check_same_device(lse, q, op, "lse");
   check_dtype(lse, {ScalarType::Float}, op, "lse");
   check_shape(lse, {q.size(1), q.size(0)}, op, "lse");
@@ -88,6 +91,14 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dout, const 
   args.forward.out = rows_of(out);
   args.forward.lse = static_cast<float*>(lse.data_ptr());
   args.dout = rows_of(dout), args.dq = rows_of(dq), args.dk = rows_of(dk), args.dv = rows_of(dv);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (q.is_cuda()) {
+    OnDeviceOf device(q);
+    const Tensor workspace = empty({attention_backward_workspace_sm90(args.forward)}, ScalarType::Byte, q);
+    attention_backward_sm90(args, workspace.data_ptr(), current_stream(q));
+    return {std::move(dq), std::move(dk), std::move(dv)};
+  }
+#endif
   attention_backward_cpu(args);
   return {std::move(dq), std::move(dk), std::move(dv)};
 }
@@ -257,6 +268,7 @@ Tensor kv_round(const Tensor& x) {
 template <class Library>
 void register_all(Library& m) {
   m.impl("attention", EF_BOX(&attention));
+  m.impl("attention_backward", EF_BOX(&attention_backward));
   m.impl("paged_attention", EF_BOX(&paged_attention));
   m.impl("paged_store_", EF_BOX(&paged_store_));
   m.impl("rope_cache_write", EF_BOX(&rope_cache_write));
@@ -265,13 +277,10 @@ void register_all(Library& m) {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  register_all(m);
-  m.impl("attention_backward", EF_BOX(&attention_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) { register_all(m); }
 
 #ifdef EIGHTFOLD_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) { register_all(m); }  // attention_backward: python/eightfold/ops/attention.py
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) { register_all(m); }
 #endif
 
 }  // namespace eightfold::bindings

@@ -249,7 +249,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Work& work, uin
     absorb<kDim>(rows, scores, args.factor, weights);
     const uint32_t v = next(true, key, kept);
     if (!Cache::kCodes && kept < kKeys) clear_rows<kDim, kKeys>(v, kept, 1);
-    start_mix<kDim>(rows, weights, v);
+    start_mix<kDim>(rows.out, weights, v);
     wgmma_wait_all();
     pin_registers(rows.out);
     done();

@@ -9,33 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eightfold import reference
 from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
 
 _ops = torch.ops.eightfold
-_BACKWARD = "eightfold::attention_backward"
-
-
-def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True, block=1):
-    """torch's flash kernel, fed with what our forward pass gave. Its deterministic form: DESIGN asks for one result. It
-    knows no blocks: those take the definition in torch."""
-    if q.dtype != torch.bfloat16 or q.numel() == 0 or k.numel() == 0 or block != 1:
-        return reference.attention_backward(dout, q, k, v, out, lse, starts, longest, scale, causal, block)
-    nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        grads = torch.ops.aten._flash_attention_backward(
-            dout, q, k, v, out, lse, starts, starts, longest, longest, 0.0, causal, nothing, nothing[:0], scale=scale
-        )
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-    return tuple(grad.contiguous() for grad in grads)  # it gives them the layout of q, k and v
-
-
-# No CUDA kernel of this library. Without any CUDA kernels ops/_fallback.py has given it the definition in torch.
-if not torch._C._dispatch_has_kernel_for_dispatch_key(_BACKWARD, "CUDA"):
-    torch.library.impl(_BACKWARD, "CUDA")(_flash_backward)
 
 
 def attention(
@@ -68,9 +44,9 @@ def attention(
         return_lse: also returns the natural log-sum-exp of each row's scores, float32 [heads, rows], not
             differentiable.
 
-    Returns a contiguous tensor of q's shape and dtype. Differentiable once in q, k and v; the gradients do not depend
-    on threads. On CUDA those with a block above 1 are the definition in torch: fp32 scores [heads, tokens, tokens] of a
-    sequence at a time, starts read on the host. Raises RuntimeError for other dtypes, shapes, devices or layouts and,
+    Returns a contiguous tensor of q's shape and dtype. Differentiable once in q, k and v; a sequence's gradients do not
+    depend on its neighbours, nor on threads. On CUDA the weights and the gradients of scores are rounded to bfloat16
+    before they are multiplied. Raises RuntimeError for other dtypes, shapes, devices or layouts and,
     on the CPU, starts that do not rise from 0 to tokens; ValueError for starts beside a batch, or their lack beside
     packed sequences.
     """
@@ -174,7 +150,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        if grad.stride(-1) != 1 or any(stride % 8 for stride in grad.stride()[:-1]):  # what a kernel cannot read
+            grad = grad.contiguous()
         return *_ops.attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
