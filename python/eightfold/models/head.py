@@ -167,12 +167,12 @@ class _TokenLogProbs(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
-            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
-            error = _operand(error * -grad[part, None], dtype)
+            error = _operand(ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part])[1], dtype)
+            factors = -grad[part, None]  # of the products' narrow rows, not of their wide ones
             if need_hidden:
-                d_hidden[part] = _matmul(error, w).to(dtype)
+                d_hidden[part] = _matmul(error, w) * factors
             if need_weight:
-                _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
+                _accumulate(d_weight, error.t(), _operand(hidden[part].float() * factors, dtype))
         return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
 
 
