@@ -48,19 +48,37 @@ def run(bench: Bench) -> None:
             )
         _, x_codes, x_scales, rstd = ops.rms_norm(x, weight, EPS, True)
         arguments = (dy, x_codes, x_scales, rstd, weight, None)
+        bench.add(_backward(arguments, cuda))
+    for rows, cols in ((8192 * 32, 128),) if cuda else ((2048 * 9, 64),):  # heads, as Qwen3 norms them
+        x, dy = (torch.randn(rows, cols, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+        weight = torch.rand(cols, device=bench.device, dtype=torch.bfloat16) + 0.5
         bench.add(
             Case(
-                "rms_norm_backward from FP8",
-                shape,
-                ours=lambda a=arguments: ops.rms_norm_backward(*a),
-                error=lambda a=arguments: relative_error(
-                    ops.rms_norm_backward(*a)[0], reference.rms_norm_backward(*a)[0]
+                "rms_norm training",
+                f"{rows}x{cols}",
+                ours=lambda x=x, w=weight: ops.rms_norm(x, w, EPS, True),
+                error=lambda x=x, w=weight: relative_error(
+                    ops.rms_norm(x, w, EPS, True)[0], reference.rms_norm(x, w, EPS, True)[0]
                 ),
                 tolerance=5e-3,
-                bytes=5 * n,
-                peers={"torch.compile": compiled(chains.norm_backward, *arguments[:-1])} if cuda else {},
+                bytes=rows * (5 * cols + 8),
             )
         )
+        bench.add(_backward((dy, *ops.rms_norm(x, weight, EPS, True)[1:], weight, None), cuda))
+
+
+def _backward(arguments: tuple, cuda: bool) -> Case:
+    """Of s in codes, as training saves it."""
+    dy = arguments[0]
+    return Case(
+        "rms_norm_backward from FP8",
+        f"{dy.shape[0]}x{dy.shape[1]}",
+        ours=lambda: ops.rms_norm_backward(*arguments),
+        error=lambda: relative_error(ops.rms_norm_backward(*arguments)[0], reference.rms_norm_backward(*arguments)[0]),
+        tolerance=5e-3,
+        bytes=5 * dy.numel(),
+        peers={"torch.compile": compiled(chains.norm_backward, *arguments[:-1])} if cuda else {},
+    )
 
 
 def _error(ops, x, weight, training) -> float:

@@ -20,14 +20,6 @@ using namespace attention;
 
 constexpr int kThreads = 128, kRowsOfBlock = kThreads / kRowLanes;
 
-// The sum of squares of a row, which is one group of columns, in the order of row_sum.cuh: the rest of a quad would add zeros.
-__device__ __forceinline__ float squares_of_row(const Octet<__nv_bfloat16>& x) {
-  float sum = quant::sum_of_squares(x);
-#pragma unroll
-  for (int step = kRowLanes / 2; step > 0; step /= 2) quant::add_across(sum, step);
-  return sum;
-}
-
 // `half` lanes hold the first of each pair, the next `half` the second.
 __device__ __forceinline__ Octet<__nv_bfloat16> rotate(const Octet<__nv_bfloat16>& x, const Octet<float>& cos, const Octet<float>& sin,
                                                        int half) {
@@ -69,7 +61,7 @@ __global__ void __launch_bounds__(kThreads) rope_cache_write_kernel(const RopeCa
   let_next_kernel_start();  // no load is moved behind this
 
   if constexpr (kNorm) {
-    const float rstd = quant::rstd_of(squares_of_row(x), store.dim, op.eps);
+    const float rstd = quant::rstd_of(quant::squares_of_group(x), store.dim, op.eps);
     if (!value) x = quant::normalise_octet(x, rstd, weight);
   }
   const Octet<T> turned = rotate(x, cos, sin, half);

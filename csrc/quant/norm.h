@@ -25,7 +25,7 @@ namespace eightfold::quant {
 // Runs of consecutive rows, run r from rows * r / runs on: one for each SM of an H100, more where rows are short, none below 4 rows.
 constexpr int64_t kBackwardRuns = 132;
 inline int64_t backward_runs(int64_t rows, int64_t cols) {
-  const int64_t sharing = cols <= 512 ? 8 : cols <= 1024 ? 4 : cols <= 2048 ? 2 : 1;
+  const int64_t sharing = cols <= 128 ? 32 : cols <= 512 ? 8 : cols <= 1024 ? 4 : cols <= 2048 ? 2 : 1;
   const int64_t fewest = (rows + 3) / 4;
   return fewest < kBackwardRuns * sharing ? fewest : kBackwardRuns * sharing;
 }

@@ -9,6 +9,7 @@
 #include "core/device.h"
 #include "core/tma_stream.cuh"
 #include "quant/norm.h"
+#include "quant/norm_short.h"
 #include "quant/row_cast.cuh"
 
 namespace eightfold::quant {
@@ -299,6 +300,7 @@ template <class T, class X>
 void backward_typed(const RmsNormBackward& op, cudaStream_t stream) {
   const bool vector = op.cols % (16 / sizeof(X) < 8 ? 8 : 16 / sizeof(X)) == 0 && aligned16(op.dy) && aligned16(op.x) &&
                       aligned16(op.x_codes.codes) && aligned16(op.weight) && aligned16(op.residual_grad);
+  if (vector && is_short(op) && !op.residual_grad) return norm_short_backward_sm90(op, stream);
   vector ? backward_octets<T, X, true>(op, stream) : backward_octets<T, X, false>(op, stream);
 }
 

@@ -7,6 +7,7 @@
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "quant/norm.h"
+#include "quant/norm_short.h"
 #include "quant/norm_training.h"
 #include "quant/row_cast.cuh"
 #include "quant/row_sum.cuh"
@@ -146,6 +147,7 @@ template <class T>
 void rms_norm_typed(const RmsNorm& op, cudaStream_t stream) {
   const bool vector = op.cols % 8 == 0 && aligned16(op.x) && aligned16(op.residual) && aligned16(op.weight);
   if (op.y_cols.codes) return launch_norm_training(op, vector, stream);
+  if (vector && is_short(op) && !op.residual) return norm_short_rows_sm90(op, stream);
   if (!vector) return launch_residual<T, false, false, Weights::either>(op, stream);
   const bool codes_only = op.y_rows.codes && !op.y && !op.x_rows.codes && !op.rstd;
   if (!codes_only) return launch_residual<T, true, false, Weights::either>(op, stream);

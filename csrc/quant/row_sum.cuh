@@ -62,6 +62,14 @@ __device__ __forceinline__ float sum_of_squares(const Octet<T>& x) {
   return sum;
 }
 
+// The sum of squares of a row of one group of columns or less, an octet in each of 16 lanes: the rest of a quad would add zeros.
+__device__ __forceinline__ float squares_of_group(const Octet<__nv_bfloat16>& x) {
+  float sum = sum_of_squares(x);
+#pragma unroll
+  for (int step = 8; step > 0; step /= 2) add_across(sum, step);
+  return sum;
+}
+
 __device__ __forceinline__ float rstd_of(float squares, int64_t cols, float eps) {
   const float mean = __fdiv_rn(squares, static_cast<float>(cols > 0 ? cols : 1));
   return __fdiv_rn(1.0f, __fsqrt_rn(__fadd_rn(mean, eps)));
