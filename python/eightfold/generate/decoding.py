@@ -121,8 +121,10 @@ class DecodeStep:
         for column, values in columns:
             values = values + [1 if column is self._top_p else 0] * (self._capacity - len(values))
             column.copy_(torch.tensor(values, dtype=column.dtype))
-        for index, row in enumerate(rows):
-            self.set_pages(index, row.pages)
+        width = max((len(row.pages) for row in rows), default=0)
+        pages = [row.pages + [0] * (width - len(row.pages)) for row in rows]
+        self._table[: len(rows), :width] = torch.tensor(pages, dtype=torch.int32).view(len(rows), width)
+        self._changed = True
 
     def set_pages(self, index: int, pages: list[int]) -> None:
         self._table[index, : len(pages)] = torch.tensor(pages, dtype=torch.int32)
