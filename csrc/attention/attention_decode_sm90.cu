@@ -50,13 +50,16 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   constexpr int kParts = Pages::template Tile<kDim>::kParts;
   const int32_t lane = threadIdx.x % 32;
   Share share;
-  share.part = lane % kParts, share.begin = lane / kParts * min(args.keys.page_size, kTile);
+  share.part = lane % kParts;
   RingPosition<C::kStages> at;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     share.head = unit.head;
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
-      const int32_t key = tile * kTile + share.begin, coming = pages.coming(args.keys, unit.keys - tile * kTile);
+      const int32_t kept = unit.keys - tile * kTile;
+      share.keys = kept < kTile ? kFewKeys : min(args.keys.page_size, kTile);
+      share.begin = lane / kParts * share.keys;
+      const int32_t key = tile * kTile + share.begin, coming = min((kept + share.keys - 1) / share.keys * share.keys, kTile);
       const bool mine = share.begin < coming;
       share.page = mine ? args.keys.page(unit.sequence, key) : 0;
       share.place = key % args.keys.page_size;
@@ -356,7 +359,12 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.slots.top = args.slots.out + rows_of_slots(op) * op.dim;
   args.slots.sum = args.slots.top + rows_of_slots(op);
   args.slots.span = reinterpret_cast<int32_t*>(args.slots.sum + rows_of_slots(op));
-  if (op.page_dtype != DType::e4m3) return launch_rows(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
+  if (op.page_dtype != DType::e4m3) {
+    const auto map = [&](const void* pages, int most) { return pages_map(pages, op, most); };
+    const WidePages pages{{map(op.k_pages, kRowsOfBox), map(op.v_pages, kRowsOfBox)},
+                          {map(op.k_pages, kFewKeys), map(op.v_pages, kFewKeys)}};
+    return launch_rows(op, pages, args, stream);
+  }
   const auto codes = [](const void* pages) { return static_cast<const uint8_t*>(pages); };
   launch_rows(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
 }
