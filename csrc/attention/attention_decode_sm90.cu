@@ -51,6 +51,8 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   const int32_t lane = threadIdx.x % 32;
   Share share;
   share.part = lane % kParts;
+  // Where a unit has all queries, nobody reads its keys again: what else the L2 cache holds, as weights of norms, is read once more.
+  share.policy = args.most_rows > kRows ? l2_evict_normal() : l2_evict_first();
   RingPosition<C::kStages> at;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);

@@ -19,6 +19,7 @@ constexpr int kFewKeys = 16;
 struct Share {
   int32_t head, page, place;  // place: of the first key in the page
   int32_t begin, keys, part;  // begin: of the first key in the tile; keys: of a whole page, or of the tile, or kFewKeys
+  uint64_t policy;            // of the L2 cache
 };
 
 struct WidePages {
@@ -42,8 +43,8 @@ struct WidePages {
   template <int kDim>
   __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys&, const Share& share) const {
     const CUtensorMap* map = share.keys == kFewKeys ? &few[which] : &maps[which];
-    tma_load_4d(to + share.part * Shape<kDim>::kBlockBytes + share.begin * 128, map, barrier, 64 * share.part, share.place, share.head,
-                share.page);
+    tma_load_4d_policy(to + share.part * Shape<kDim>::kBlockBytes + share.begin * 128, map, barrier, 64 * share.part, share.place,
+                       share.head, share.page, share.policy);
   }
 };
 
@@ -65,8 +66,8 @@ struct CodePages {
   __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys& keys, const Share& share) const {
     const int32_t page = min(share.page, keys.page_count - 1);
     const int64_t key = (static_cast<int64_t>(page) * kv_heads + share.head) * keys.page_size + share.place;
-    bulk_load(to + share.begin * kDim, codes[which] + key * kDim, share.keys * kDim, barrier);
-    bulk_load(to + kTile * kDim + share.begin * 4, scales[which] + key, share.keys * 4, barrier);
+    bulk_load_policy(to + share.begin * kDim, codes[which] + key * kDim, share.keys * kDim, barrier, share.policy);
+    bulk_load_policy(to + kTile * kDim + share.begin * 4, scales[which] + key, share.keys * 4, barrier, share.policy);
   }
 };
 
