@@ -72,6 +72,9 @@ struct PagedAttention {
   int64_t sequences, most_pages, longest;  // longest: no sequence has more rows of q
   float scale;
   int64_t block;  // as of Attention
+  // Whether all but q, and the keys and values of its rows, was complete before a kernel ahead that did not start early: on CUDA it is then
+  // read while the kernels behind that one still run.
+  bool settled;
 };
 
 void attention_cpu(const Attention& op);

@@ -6,6 +6,9 @@
 //   math      the tiles of a chunk as in the kernel of many queries (attention_tile.cuh). What the unit has folded so far waits in the
 //             block's slot, which stays in the L2 cache: a chunk's reads hide it. A sequence of one span is finished there,
 //   fold      the parts of others by a second kernel, in order
+//   start     where all but the newest rows is settled, units are planned and the ring is filled while the kernel ahead, which makes those
+//             rows, still runs. Kernels before it may run as well, each having started early, but none of before the last kernel that
+//             did not: and that one came after all that is read early (PagedAttention::settled). Writes, and newest rows, wait
 //
 // Over pages of E4M3 codes the math warpgroup first makes a tile wide (attention_pages.cuh), and many queries, too, are computed here: 64
 // rows are a unit.
@@ -54,11 +57,16 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   // Where a unit has all queries, nobody reads its keys again: what else the L2 cache holds, as weights of norms, is read once more.
   share.policy = args.most_rows > kRows ? l2_evict_normal() : l2_evict_first();
   RingPosition<C::kStages> at;
+  bool waits = args.settled;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     share.head = unit.head;
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
       const int32_t kept = unit.keys - tile * kTile;
+      if (waits && kept - unit.queries < kTile) {  // it has keys of this launch's own rows
+        wait_for_earlier_kernels();
+        waits = false;
+      }
       share.keys = kept < kTile ? kFewKeys : min(args.keys.page_size, kTile);
       share.begin = lane / kParts * share.keys;
       const int32_t key = tile * kTile + share.begin, coming = min((kept + share.keys - 1) / share.keys * share.keys, kTile);
@@ -220,12 +228,12 @@ __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pa
   } else if (threadIdx.x == 32) {
     pages.prefetch();
   }
-  wait_for_earlier_kernels();
+  if (!args.settled) wait_for_earlier_kernels();
   const Plan<C::kThreads> plan(args, reinterpret_cast<int32_t*>(memory + C::kPlan));
-  if (warp_uniform(threadIdx.x / 32) == 4)
-    produce<kDim>(args, pages, shared, plan);
-  else
-    multiply<kDim, kExist, Pages>(args, shared, plan);
+  if (warp_uniform(threadIdx.x / 32) == 4) return produce<kDim>(args, pages, shared, plan);
+  wait_for_earlier_kernels();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.slots.span = plan.folds ? plan.span : 0;
+  multiply<kDim, kExist, Pages>(args, shared, plan);
 }
 
 // What a thread has of a row: a column.
@@ -355,6 +363,7 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.sequences = static_cast<int32_t>(op.sequences);
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.block = static_cast<int32_t>(op.block);
+  args.settled = op.settled;
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);

@@ -32,6 +32,7 @@ struct PagedArgs {
   const int32_t* starts;
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group
   int32_t block;                                               // of the mask
+  int32_t settled;                                             // as of PagedAttention
   float factor;
 };
 
@@ -58,6 +59,7 @@ struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
   const int32_t* begins;
   int32_t run, span, units;
+  bool folds;  // whether a sequence has more chunks than a span
 
   // By all threads of a block.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
@@ -88,8 +90,7 @@ struct Plan {
       if (lane >= step) sum += before;
     }
     if (lane == 31) unit_sums[warp] = sum;
-    const bool folds = __syncthreads_or(longest > span);
-    if (blockIdx.x == 0 && thread == 0) *args.slots.span = folds ? span : 0;
+    folds = __syncthreads_or(longest > span);
     for (int w = 0; w < warp; ++w) sum += unit_sums[w];
     shared[thread] = sum - own;
     if (thread == kThreads - 1) shared[kThreads] = sum;

@@ -109,7 +109,7 @@ void check_pages(const PagedAttention& args, const char* op) {
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
                        const std::optional<Tensor>& v_scales, const Tensor& pages, const Tensor& starts, const Tensor& lengths,
-                       int64_t longest, double scale, bool causal, int64_t block) {
+                       int64_t longest, double scale, bool causal, int64_t block, bool settled) {
   const char* op = "paged_attention";
   check_rows(q, op, "q");
   check_dtype(q, {ScalarType::BFloat16, ScalarType::Float}, op, "q");
@@ -132,6 +132,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
   args.block = mask_of(causal, block, op);
+  args.settled = settled;
   Tensor out = empty(q.sizes(), q.scalar_type(), q);
   args.q = rows_of(q), args.out = rows_of(out);
 #ifdef EIGHTFOLD_WITH_CUDA

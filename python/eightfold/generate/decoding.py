@@ -159,7 +159,8 @@ class DecodeStep:
         at = pages.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
         slots = torch.where(active > 0, at, -1)
         lengths = (positions.int() + 1) * active
-        attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1)
+        # Settled: behind the last of these lie torch's own kernels, as of the embedding, before the first layer.
+        attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1, settled=True)
         hidden = self._model.rows_hidden(self._tokens[part].clamp(min=0), positions, attend)
         positions += active
         options = self._temperatures[part], self._top_k[part], self._top_p[part]

@@ -226,7 +226,8 @@ class Paged:
     """Stores the keys and values of new rows in pages and attends the rows over all of their sequences' pages.
 
     pages int32 [sequences, most_pages]; starts int32 [sequences + 1]; lengths int32 [sequences], keys with the new
-    ones; slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows.
+    ones; slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows;
+    settled: as of `ops.paged_attention`.
     """
 
     def __init__(
@@ -237,9 +238,10 @@ class Paged:
         lengths: torch.Tensor,
         slots: torch.Tensor,
         longest: int,
+        settled: bool = False,
     ):
         self.cache, self.pages, self.starts, self.lengths = cache, pages, starts, lengths
-        self.slots, self.longest = slots, longest
+        self.slots, self.longest, self.settled = slots, longest, settled
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
@@ -259,7 +261,7 @@ class Paged:
 
     def _attend(self, q: torch.Tensor, pages: dict[str, torch.Tensor]) -> torch.Tensor:
         where = {"pages": self.pages, "starts": self.starts, "lengths": self.lengths, "longest": self.longest}
-        return paged_attention(q, **pages, **where, **self._mask()).flatten(1)[None]
+        return paged_attention(q, **pages, **where, **self._mask(), settled=self.settled).flatten(1)[None]
 
     def _mask(self) -> dict[str, bool | int]:
         return {}

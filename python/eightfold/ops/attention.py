@@ -110,6 +110,7 @@ def paged_attention(
     scale: float | None = None,
     causal: bool = True,
     block: int = 1,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of the last rows of each sequence over its keys, which lie in pages: one row when decoding, many in a
     prefill. The bits are those of ``attention`` over the same keys.
@@ -127,13 +128,16 @@ def paged_attention(
         longest: at least the rows of q of every sequence; default: tokens. Decides the launch on CUDA, no number.
         scale: of the scores, more than 0; default dim ** -0.5.
         causal, block: as for ``attention``, positions and blocks counted from a sequence's first key.
+        settled: a promise, for the step of a decoder: between whatever wrote these arguments and this op some CUDA
+            kernel of torch's own ran on the stream; but for q, and the keys and values of q's rows (the last of each
+            sequence), which may be new. On CUDA all else is read while the kernels ahead still run. Decides no number.
 
     Returns a contiguous tensor of q's shape and dtype; it has no gradient. Raises RuntimeError for other dtypes,
     shapes, devices or layouts and, on the CPU, for lengths or page numbers out of range.
     """
     longest = q.shape[0] if longest is None else longest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = longest, scale, causal, block
+    options = longest, scale, causal, block, settled
     return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, *options)
 
 
@@ -189,7 +193,9 @@ def _(dout, q, k, v, out, lse, starts, longest, scale, causal=True, block=1):
 
 
 @torch.library.register_fake("eightfold::paged_attention")
-def _(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1):
+def _(
+    q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1, settled=False
+):
     return q.new_empty(q.shape)
 
 

@@ -110,11 +110,12 @@ def paged_attention(
     scale: float,
     causal: bool = True,
     block: int = 1,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of the last rows of sequences, starts[s] to starts[s + 1] of q [tokens, heads, dim], over the
     lengths[s] keys, theirs included, that lie in pages[s]: [page, kv_heads, page_size, dim].
 
-    Pages of E4M3 codes hold bfloat16(code * scale), scales [page, kv_heads, page_size].
+    Pages of E4M3 codes hold bfloat16(code * scale), scales [page, kv_heads, page_size]. settled decides no number.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for rows, numbers, length in zip(_ranges(starts), pages, lengths.tolist(), strict=True):
