@@ -30,11 +30,14 @@
 #include "core/launch.cuh"
 #include "core/memory.cuh"
 #include "core/tma_stream.cuh"
+#include "quant/row_cast.cuh"
 
 namespace eightfold {
 namespace {
 
 using namespace attention;
+
+constexpr int kCodesDim = quant::kTile;  // of a head that is a group of codes
 
 template <int kDim, class Pages>
 struct Config {
@@ -125,11 +128,41 @@ __device__ __forceinline__ void leave_in(const Slots& slots, int32_t slot, int32
   }
 }
 
+// The lane's row h of `head` as codes, a group: what the cast of store_row()'s row would give. By whole warps; `exists` may differ.
+template <int kDim>
+__device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token, int32_t head, const Rows<kDim>& rows, int h,
+                                            bool exists) {
+  using Eight = Octet<__nv_bfloat16>;
+  const int32_t member = threadIdx.x % 4;
+  const float inverse = reciprocal(rows.sum[h]);
+  Eight octets[kDim / 32];
+  uint32_t maximum = 0;
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    octet_of_row<kDim>(octets[i].words, rows, h, inverse, 4 * i);
+    maximum = Eight::larger(maximum, octet_maximum(octets[i]));
+  }
+  maximum = Eight::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, 1));
+  maximum = Eight::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, 2));
+  const float scale = group_scale(__uint_as_float(Eight::widest_bits(maximum)), false);
+  const auto by = GroupDivider<__nv_bfloat16>::of(scale);
+  if (!exists) return;
+  if (member == 0) args.codes.scales[token + head * args.codes.scale_ld] = scale;
+  uint8_t* to = args.codes.codes + (token * (args.kv_heads * args.group) + head) * kDim + 8 * member;
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) store_codes8(to + 32 * i, encode_octet(octets[i], by), 8, true);
+}
+
 template <int kDim>
 __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& unit, int32_t place, const Rows<kDim>& rows) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int32_t row = unit.first + place + 8 * h;
+    if (kDim == kCodesDim && args.codes.codes) {
+      store_codes<kDim>(args, static_cast<int64_t>(unit.row) + row / args.group, unit.head * args.group + row % args.group, rows, h,
+                        place + 8 * h < unit.rows);
+      continue;
+    }
     store_row<kDim>(args.out + (static_cast<int64_t>(unit.row) + row / args.group) * args.out_token_stride +
                         (unit.head * args.group + row % args.group) * args.out_head_stride,
                     rows, h, place + 8 * h < unit.rows);
@@ -270,6 +303,20 @@ struct Folded {
   }
 };
 
+// A block's row, of which a thread has one column, as codes: cast as anywhere, once the first warp has it.
+__device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token, int32_t head, __nv_bfloat16 result) {
+  __shared__ __align__(16) __nv_bfloat16 row[kCodesDim];
+  row[threadIdx.x] = result;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int count = threadIdx.x < kCodesDim / 8 ? 8 : 0;
+    const Octet<__nv_bfloat16> x = count > 0 ? load_shared(row + 8 * threadIdx.x) : Octet<__nv_bfloat16>{};
+    const int64_t cols = static_cast<int64_t>(args.kv_heads) * args.group * kCodesDim;
+    quant::cast_row_octet(x, args.codes, token, static_cast<int64_t>(head) * kCodesDim + 8 * threadIdx.x, cols, count, true);
+  }
+  __syncthreads();  // before the next row
+}
+
 // A block takes rows, a thread a column.
 template <int kDim>
 __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant__ PagedArgs args) {
@@ -296,9 +343,13 @@ __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant_
         left = 0;
       }
     }
-    __nv_bfloat16* to = args.out + (static_cast<int64_t>(sequence.row) + query) * args.out_token_stride +
-                        (head * args.group + row % args.group) * args.out_head_stride;
-    to[threadIdx.x] = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+    const int64_t token = static_cast<int64_t>(sequence.row) + query;
+    const int32_t query_head = head * args.group + row % args.group;
+    const __nv_bfloat16 result = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+    if (kDim == kCodesDim && args.codes.codes)
+      store_codes(args, token, query_head, result);
+    else
+      args.out[token * args.out_token_stride + query_head * args.out_head_stride + threadIdx.x] = result;
   }
 }
 
@@ -349,6 +400,8 @@ int64_t paged_attention_workspace_sm90(const PagedAttention& op) {
   return rows_of_slots(op) * (op.dim + 2) * 4 + 4;
 }
 
+bool paged_attention_gives_codes_sm90(const PagedAttention& op) { return op.dim == kCodesDim && computes(op); }
+
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream) {
   if (op.tokens == 0) return;
   if (!computes(op)) return paged_rows_sm90(op, stream);
@@ -358,6 +411,7 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.q = static_cast<const __nv_bfloat16*>(op.q.data), args.out = static_cast<__nv_bfloat16*>(op.out.data);
   args.q_token_stride = op.q.token_stride, args.q_head_stride = op.q.head_stride;
   args.out_token_stride = op.out.token_stride, args.out_head_stride = op.out.head_stride;
+  args.codes = {op.codes, op.scales, 0, op.scale_ld};
   args.starts = op.starts;
   args.kv_heads = static_cast<int32_t>(op.kv_heads), args.group = static_cast<int32_t>(op.heads / op.kv_heads);
   args.sequences = static_cast<int32_t>(op.sequences);

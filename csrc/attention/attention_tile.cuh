@@ -165,19 +165,24 @@ __device__ __forceinline__ void fold_chunk(Rows<kDim>& all, const Rows<kDim>& ch
   }
 }
 
+// Of the lane's row h, times `inverse` and rounded, the eight elements from 8 * (i + lane % 4) on; i is a multiple of 4.
+template <int kDim>
+__device__ __forceinline__ void octet_of_row(uint32_t (&words)[4], const Rows<kDim>& rows, int h, float inverse, int i) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    words[j] = pack_bf16(__fmul_rn(rows.out[4 * (i + j) + 2 * h], inverse), __fmul_rn(rows.out[4 * (i + j) + 2 * h + 1], inverse));
+  transpose_quad(words, threadIdx.x % 4);
+}
+
 // The lane's row h, divided by its sum; `exists` may differ between rows.
 template <int kDim>
 __device__ __forceinline__ void store_row(__nv_bfloat16* to, const Rows<kDim>& rows, int h, bool exists) {
-  const uint32_t lane = threadIdx.x % 32;
   const float inverse = reciprocal(rows.sum[h]);
 #pragma unroll
   for (int i = 0; i < kDim / 8; i += 4) {
     uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      words[j] = pack_bf16(__fmul_rn(rows.out[4 * (i + j) + 2 * h], inverse), __fmul_rn(rows.out[4 * (i + j) + 2 * h + 1], inverse));
-    transpose_quad(words, lane % 4);
-    if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (lane % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
+    octet_of_row<kDim>(words, rows, h, inverse, i);
+    if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (threadIdx.x % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 

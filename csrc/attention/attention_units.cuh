@@ -14,6 +14,7 @@
 
 #include "attention/attention_keys.cuh"
 #include "attention/attention_tile.cuh"
+#include "quant/cast.h"
 
 namespace eightfold::attention {
 
@@ -28,6 +29,7 @@ struct PagedArgs {
   Slots slots;
   const __nv_bfloat16* q;
   __nv_bfloat16* out;
+  quant::Quantized codes;  // without code_ld; codes null where `out` is wanted
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   const int32_t* starts;
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group

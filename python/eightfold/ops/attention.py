@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from eightfold import reference
-from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
+from eightfold.ops import _library, layouts  # noqa: F401  (the first loads torch.ops.eightfold)
+from eightfold.ops.quant import QuantizedTensor
 
 _ops = torch.ops.eightfold
 _BACKWARD = "eightfold::attention_backward"
@@ -141,6 +142,35 @@ def paged_attention(
     return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, *options)
 
 
+def paged_attention_quantize(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    longest: int | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    block: int = 1,
+    settled: bool = False,
+) -> QuantizedTensor:
+    """``quantize(paged_attention(...).flatten(1), (1, 128))``, the same bytes: what an FP8 product reads next. The
+    arguments are those of ``paged_attention``; q's dim is 128, so that a head is a group.
+
+    Returns codes [tokens, heads * 128] with scales [tokens, heads]; no gradient. Raises RuntimeError as
+    ``paged_attention`` does, and for another dim.
+    """
+    longest = q.shape[0] if longest is None else longest
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = longest, scale, causal, block, settled
+    cache = k_pages, v_pages, k_scales, v_scales, pages, starts, lengths
+    return QuantizedTensor(*_ops.paged_attention_quantize(q, *cache, *options), (1, 128))
+
+
 def paged_store_(
     k: Tensor,
     v: Tensor,
@@ -197,6 +227,12 @@ def _(
     q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1, settled=False
 ):
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("eightfold::paged_attention_quantize")
+def _(q, *args):
+    rows, cols = q.shape[0], q.shape[1] * q.shape[2]
+    return layouts.empty_codes(rows, cols, (1, 128), q.device), layouts.empty_scales(rows, cols, (1, 128), q.device)
 
 
 @torch.library.register_fake("eightfold::paged_store_")
