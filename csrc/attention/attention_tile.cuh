@@ -53,7 +53,7 @@ __device__ __forceinline__ void place_queries(uint32_t shared, int meeting, cons
   for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from one use to the next
     const int32_t row = i / kPieces, piece = i % kPieces;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (const __nv_bfloat16* at = from(row)) v = *reinterpret_cast<const uint4*>(at + 8 * piece);
+    if (const __nv_bfloat16* at = from(row)) v = __ldcg(reinterpret_cast<const uint4*>(at + 8 * piece));  // core/dependent_launch.cuh
     store_shared(shared + piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16, v);
   }
   async_fence();
