@@ -46,7 +46,7 @@ struct Config {
   static constexpr int kStages = kDim == 64 ? 6 : 3;
   static constexpr int kWide = kQueryBytes, kRing = kWide + (Pages::kCodes ? Shape<kDim>::kTileBytes : 0);  // kWide: a tile of codes
   static constexpr int kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
-  static constexpr int kPlan = kEmpty + 8 * kStages, kBytes = kPlan + 4 * Plan<kThreads>::kInts;
+  static constexpr int kPlan = kEmpty + 8 * kStages, kUnit = kPlan + 4 * Plan<kThreads>::kInts, kBytes = kUnit + sizeof(Unit);
   static_assert(kBlocksOfMultiprocessor * (kBytes + 1024) <= 233472);
 };
 
@@ -170,8 +170,10 @@ __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& 
 }
 
 // kExist: of a lane's two rows; 1 where a unit has 8 rows at most, which are the first warp's.
+// `kept_unit`: in shared memory, where a unit waits for the end of its chunks: the tiles want the registers. Each block waits here for the
+// kernels ahead, once its first unit is known.
 template <int kDim, int kExist, class Pages, int kThreads>
-__device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan) {
+__device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan, Unit* kept_unit) {
   using C = Config<kDim, Pages>;
   const uint32_t lane = threadIdx.x % 32;
   const int32_t place = 16 * (threadIdx.x / 32) + static_cast<int32_t>(lane) / 4;  // of the lane's first row
@@ -199,6 +201,8 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   };
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
+    if (threadIdx.x == 0) *kept_unit = unit;  // seen by all once the queries are placed
+    if (index == blockIdx.x) wait_for_earlier_kernels();
     place_queries<kDim>(shared, 1, [&](int32_t place) -> const __nv_bfloat16* {  // row = query * group + head of the group
       const int32_t row = unit.first + place;
       if (place >= unit.rows) return nullptr;
@@ -207,17 +211,17 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
     });
     Rows<kDim> rows;
     rows.clear();
-    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0), sees[2] = {unit.sees(args, place), unit.sees(args, place + 8)};
+    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0);
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < end_tile; ++tile) {
       Scores scores;
       Weights weights;
-      const int32_t kept = unit.keys - tile * kTile;
+      const int32_t kept = kept_unit->keys - tile * kTile;
       start_scores<kDim>(scores, shared, kRows * 128, next(kept));
       wgmma_wait_all();
       pin_registers(scores);
       done();
       if (all_see < (tile + 1) * kTile) {
-        const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
+        const int32_t limits[2] = {kept_unit->sees(args, place) - tile * kTile, kept_unit->sees(args, place + 8) - tile * kTile};
         hide(scores, limits, lane);
       }
       absorb<kDim, kExist>(rows, scores, args.factor, weights);
@@ -231,7 +235,7 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
       if (!ends && (tile + 1) % kTilesOfChunk != 0) continue;
       const int32_t chunk = tile / kTilesOfChunk;
       end_chunk<kDim>(rows);
-      const Unit unit(args, plan, index);  // again, rather than keep it in registers that the tiles want
+      const Unit& unit = *kept_unit;
       if (unit.folds() && chunk > 0) fold_into<kDim>(args.slots, own_slot, place, unit.rows, rows);
       if (ends && unit.finishes())
         store_result<kDim>(args, unit, place, rows);
@@ -239,8 +243,10 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
         leave_in<kDim>(args.slots, unit.folds() && !ends ? own_slot : unit.slot(args, chunk), place, unit.rows, rows);
       rows.clear();
     }
-    warpgroup_meet(1);  // before the next unit's queries take their place
+    warpgroup_meet(1);  // before the next unit, and its queries, take their place
   }
+  wait_for_earlier_kernels();  // blocks without a unit, too
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.slots.span = plan.folds ? plan.span : 0;
 }
 
 template <int kDim, int kExist, class Pages>
@@ -264,9 +270,7 @@ __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pa
   if (!args.settled) wait_for_earlier_kernels();
   const Plan<C::kThreads> plan(args, reinterpret_cast<int32_t*>(memory + C::kPlan));
   if (warp_uniform(threadIdx.x / 32) == 4) return produce<kDim>(args, pages, shared, plan);
-  wait_for_earlier_kernels();
-  if (blockIdx.x == 0 && threadIdx.x == 0) *args.slots.span = plan.folds ? plan.span : 0;
-  multiply<kDim, kExist, Pages>(args, shared, plan);
+  multiply<kDim, kExist, Pages>(args, shared, plan, reinterpret_cast<Unit*>(memory + C::kUnit));
 }
 
 // What a thread has of a row: a column.
@@ -321,15 +325,18 @@ __device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token
 template <int kDim>
 __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant__ PagedArgs args) {
   let_next_kernel_start();
+  constexpr int kFew = 8, kMany = 32;
+  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
+  const int32_t rows_of_sequence = args.kv_heads * args.slots.rows;
+  if (!args.settled) wait_for_earlier_kernels();
+  Sequence sequence(args, static_cast<int32_t>(blockIdx.x) / rows_of_sequence);
   wait_for_earlier_kernels();
   const int32_t span = *args.slots.span;
   if (span == 0) return;
-  constexpr int kFew = 8, kMany = 32;
-  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
   for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
     const int32_t row = static_cast<int32_t>(index % args.slots.rows), of = static_cast<int32_t>(index / args.slots.rows);
     const int32_t head = of % args.kv_heads, query = row / args.group;
-    const Sequence sequence(args, of / args.kv_heads);
+    if (index != blockIdx.x) sequence = Sequence(args, of / args.kv_heads);
     if (sequence.chunks <= span || query >= sequence.queries) continue;
     const int64_t step = static_cast<int64_t>(args.kv_heads) * args.slots.rows;
     int64_t at = (static_cast<int64_t>(of / args.kv_heads) * args.most_chunks + span - 1) * step + head * args.slots.rows + row;
