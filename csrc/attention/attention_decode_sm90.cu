@@ -365,11 +365,20 @@ int64_t most_rows(const PagedAttention& op) { return op.longest * (op.heads / op
 bool few_queries(const PagedAttention& op) { return most_rows(op) <= kRows; }
 bool computes(const PagedAttention& op) { return few_queries(op) || op.page_dtype == DType::e4m3; }
 
-int64_t blocks_of(const PagedAttention& op) {
-  const int64_t units = op.sequences * op.kv_heads * (few_queries(op) ? most_chunks(op) : (most_rows(op) + kRows - 1) / kRows);
-  return std::min(units, int64_t{2} * multiprocessors(current_device()));
+int64_t most_blocks() { return int64_t{2} * multiprocessors(current_device()); }
+
+// Whether units have whole sequences: where many queries make units enough, and where sequences do whose lengths, of a few chunks at most,
+// cannot differ by much. Then there are no parts, and a step of decoding has a kernel less in each layer.
+bool whole_sequences(const PagedAttention& op) {
+  constexpr int64_t kFewChunks = 4;
+  return !few_queries(op) || (most_chunks(op) <= kFewChunks && 10 * op.sequences * op.kv_heads >= 9 * most_blocks());
 }
-int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequences * op.kv_heads * most_chunks(op) : 0; }
+
+int64_t blocks_of(const PagedAttention& op) {
+  const int64_t of_head = few_queries(op) ? (whole_sequences(op) ? 1 : most_chunks(op)) : (most_rows(op) + kRows - 1) / kRows;
+  return std::min(op.sequences * op.kv_heads * of_head, most_blocks());
+}
+int64_t parts_of(const PagedAttention& op) { return whole_sequences(op) ? 0 : op.sequences * op.kv_heads * most_chunks(op); }
 int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
 int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
@@ -380,7 +389,7 @@ void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args,
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
   launch_kernel(true, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
-  if (args.most_chunks == 1 || !few_queries(op)) return;
+  if (args.most_chunks == 1 || args.slots.parts == 0) return;
   const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
   launch_kernel(true, "paged_fold_kernel", paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream,
                 args);

@@ -7,7 +7,7 @@
 //   slot   of rows that wait: a part's, (sequence * most_chunks + chunk) * kv_heads + KV head, where the first span's fold lies in the
 //          place of its last chunk; after those one of each block, for what it has folded so far
 //
-// Where queries fill several units there are units enough, and each has the whole span: there are no parts.
+// Where there are units enough, of many queries or of many sequences that are not long, each has the whole span: there are no parts.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -21,7 +21,7 @@ namespace eightfold::attention {
 struct Slots {
   float *out, *top, *sum;  // [slot, row, dim], [slot, row]
   int32_t* span;           // chunks of a span; 0 where no sequence has more
-  int32_t parts, rows;     // slots of parts; rows of a slot
+  int32_t parts, rows;     // slots of parts, 0 where units have whole sequences; rows of a slot
 };
 
 struct PagedArgs {
@@ -77,7 +77,7 @@ struct Plan {
     chunks = 0;
     for (int w = 0; w < kWarps; ++w) chunks += chunk_sums[w];
     const int32_t blocks = gridDim.x;
-    span = args.most_rows > kRows ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
+    span = args.slots.parts == 0 ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
 
     int32_t own = 0, longest = 0;
     for (int32_t s = first; s < end; ++s) {

@@ -129,6 +129,15 @@ def test_many_sequences(device):
     last_rows_alone_and_together(lengths, 4, 2, 64, 1, device)
 
 
+@pytest.mark.parametrize("codes", [False, True])
+def test_many_short_sequences(codes, device):
+    """Of four chunks at most, as many as the decoding kernel has blocks and more: a block has a whole one, or two."""
+    count = 300 if device.type == "cuda" else 20
+    for most, tokens in ((1900, count // 2), (1000, count)):
+        lengths = [1 + i * 97 % most for i in range(tokens - 1)] + [most]
+        last_rows_alone_and_together(lengths, 4, 2, 64, 1, device, codes)
+
+
 def test_codes_in_pieces(device):
     q, k, v, _ = packed(LENGTHS, 7, 1, 64, torch.bfloat16, device)
     whole = in_pieces(q, k, v, LENGTHS, [700], 16, codes=True)
