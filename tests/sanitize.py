@@ -177,7 +177,10 @@ def attends(lengths, heads, kv_heads, dim, page_size):
         sizes = torch.tensor(lengths, device="cuda", dtype=torch.int32)
         for cache in ((k_pages, v_pages, None, None), codes):
             for mask in ((True, 1), (True, 32), (False, 1)):
-                op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1, *mask)
+                where = pages, begins, sizes, rows, 0.1, *mask
+                op.paged_attention(asked, *cache, *where, True)  # settled: the stores are far behind
+                if dim == 128:
+                    op.paged_attention_quantize(asked, *cache, *where)
 
 
 def blocks(places, rows, heads, kv_heads, dim, room):

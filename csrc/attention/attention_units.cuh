@@ -7,20 +7,21 @@
 //   slot   of rows that wait: a part's, (sequence * most_chunks + chunk) * kv_heads + KV head, where the first span's fold lies in the
 //          place of its last chunk; after those one of each block, for what it has folded so far
 //
-// Where queries fill several units there are units enough, and each has the whole span: there are no parts.
+// Where there are units enough, of many queries or of many sequences that are not long, each has the whole span: there are no parts.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "attention/attention_keys.cuh"
 #include "attention/attention_tile.cuh"
+#include "quant/cast.h"
 
 namespace eightfold::attention {
 
 struct Slots {
   float *out, *top, *sum;  // [slot, row, dim], [slot, row]
   int32_t* span;           // chunks of a span; 0 where no sequence has more
-  int32_t parts, rows;     // slots of parts; rows of a slot
+  int32_t parts, rows;     // slots of parts, 0 where units have whole sequences; rows of a slot
 };
 
 struct PagedArgs {
@@ -28,10 +29,12 @@ struct PagedArgs {
   Slots slots;
   const __nv_bfloat16* q;
   __nv_bfloat16* out;
+  quant::Quantized codes;  // without code_ld; codes null where `out` is wanted
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   const int32_t* starts;
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group
   int32_t block;                                               // of the mask
+  int32_t settled;                                             // as of PagedAttention
   float factor;
 };
 
@@ -58,6 +61,7 @@ struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
   const int32_t* begins;
   int32_t run, span, units;
+  bool folds;  // whether a sequence has more chunks than a span
 
   // By all threads of a block.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
@@ -73,7 +77,7 @@ struct Plan {
     chunks = 0;
     for (int w = 0; w < kWarps; ++w) chunks += chunk_sums[w];
     const int32_t blocks = gridDim.x;
-    span = args.most_rows > kRows ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
+    span = args.slots.parts == 0 ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
 
     int32_t own = 0, longest = 0;
     for (int32_t s = first; s < end; ++s) {
@@ -88,8 +92,7 @@ struct Plan {
       if (lane >= step) sum += before;
     }
     if (lane == 31) unit_sums[warp] = sum;
-    const bool folds = __syncthreads_or(longest > span);
-    if (blockIdx.x == 0 && thread == 0) *args.slots.span = folds ? span : 0;
+    folds = __syncthreads_or(longest > span);
     for (int w = 0; w < warp; ++w) sum += unit_sums[w];
     shared[thread] = sum - own;
     if (thread == kThreads - 1) shared[kThreads] = sum;

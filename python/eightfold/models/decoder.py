@@ -94,7 +94,8 @@ class DecoderLayer(nn.Module):
         (q, k, v), norms = qkv, (self.self_attn.q_norm, self.self_attn.k_norm)
         if norms[0] is not None and not self.compute.kernels_on(q.device):
             q, k, norms = self.compute.norm(q, norms[0]), self.compute.norm(k, norms[1]), (None, None)
-        return attend.of_projections(self.index, q, k, v, tables, norms)
+        codes = attend.gives_codes and self.compute.takes_codes(self.self_attn.head_dim)
+        return attend.of_projections(self.index, q, k, v, tables, norms, codes)
 
 
 class Trunk(nn.Module):

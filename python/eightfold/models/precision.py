@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from eightfold.models.head import Codes, logits
 from eightfold.nn import ServedCodes, WeightCache
 from eightfold.nn import functional as fused
-from eightfold.ops import add_rms_norm, rotary, swiglu
+from eightfold.ops import QuantizedTensor, add_rms_norm, rotary, swiglu
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Save = Literal["columns", "input"]
@@ -131,6 +131,10 @@ class FP32:
 
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+    def takes_codes(self, head_dim: int) -> bool:
+        """Whether `attention_output` may be given what heads of that size make as codes, in groups (1, 128)."""
+        return False
 
     def attention_output(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """A linear whose input attention has saved already."""
@@ -255,7 +259,12 @@ class FP8(BF16):
     def linear(self, x, layer):
         return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer))
 
+    def takes_codes(self, head_dim):
+        return head_dim == 128 and not torch.is_grad_enabled()
+
     def attention_output(self, x, layer):
+        if isinstance(x, QuantizedTensor):
+            return fused.fp8_linear_of_codes(x, layer.weight, layer.bias, self.dtype, cache=self._cache(layer))[None]
         return fused.fp8_linear(x, layer.weight, layer.bias, save="input", cache=self._cache(layer))
 
     def kernels_on(self, device):

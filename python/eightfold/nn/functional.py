@@ -24,6 +24,7 @@ from torch import Tensor
 from eightfold.nn import _autograd as a
 from eightfold.nn import _products as p
 from eightfold.nn._products import WeightCache, ops
+from eightfold.ops import QuantizedTensor
 
 # Asked once: a constant for torch.compile.
 _CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -46,6 +47,20 @@ def fp8_linear(
         return a.Linear.apply(x, weight, bias, save == "input", cache)
     out = p.product(p.quantize_rows(x), weight, bias, x.dtype, cache)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def fp8_linear_of_codes(
+    rows: QuantizedTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    cache: WeightCache | None = None,
+) -> Tensor:
+    """``fp8_linear`` of an input that is row codes [tokens, in] in groups (1, 128) already -> [tokens, out] in
+    ``dtype``, with the same bits; no gradient."""
+    _check_weight("fp8_linear_of_codes", "weight", weight, rows.shape[1], bias)
+    return p.product((rows.codes, rows.scales), weight, bias, dtype, cache)
 
 
 def fp8_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
