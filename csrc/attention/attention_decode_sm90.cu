@@ -434,6 +434,7 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.block = static_cast<int32_t>(op.block);
   args.settled = op.settled;
+  args.whole = few_queries(op) && whole_sequences(op);
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);

@@ -35,6 +35,7 @@ struct PagedArgs {
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group
   int32_t block;                                               // of the mask
   int32_t settled;                                             // as of PagedAttention
+  int32_t whole;                                               // a unit is a sequence and a KV head
   float factor;
 };
 
@@ -55,7 +56,8 @@ struct Sequence {
   __device__ __forceinline__ int32_t units(const PagedArgs& args, int32_t span) const { return (chunks + span - 1) / span * blocks(args); }
 };
 
-// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums.
+// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums. Where units are
+// whole sequences nothing need be counted: run is 0, and a unit of a sequence that asks for nothing has no tiles.
 template <int kThreads>
 struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
@@ -65,6 +67,10 @@ struct Plan {
 
   // By all threads of a block.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
+    if (args.whole) {
+      run = 0, span = args.most_chunks, units = args.sequences * args.kv_heads, folds = false;
+      return;
+    }
     int32_t *chunk_sums = shared + kThreads + 1, *unit_sums = chunk_sums + kWarps;
     const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     run = (args.sequences + kThreads - 1) / kThreads;
@@ -109,7 +115,21 @@ struct Unit {
   template <int kThreads>
   __device__ __forceinline__ Unit(const PagedArgs& args, const Plan<kThreads>& plan, int32_t index) {
     head = index % args.kv_heads;
-    int32_t at = index / args.kv_heads, low = 0, high = kThreads;  // begins[low] <= at < begins[high]
+    int32_t at = index / args.kv_heads;
+    const Sequence its = plan.run == 0 ? Sequence(args, sequence = at) : find(args, plan, at);
+    if (plan.run == 0) at = 0;
+    row = its.row, queries = its.queries, keys = queries > 0 ? its.keys : 0;
+    const int32_t blocks = max(its.blocks(args), 1);
+    first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
+    rows = min(queries * args.group - first, args.slots.rows);
+    seen = sees(args, kRows - 1);
+    chunks = Sequence::chunks_of(args, seen);
+    chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
+  }
+  // The sequence of unit `at` of a head, which becomes its number among the sequence's.
+  template <int kThreads>
+  __device__ __forceinline__ Sequence find(const PagedArgs& args, const Plan<kThreads>& plan, int32_t& at) {
+    int32_t low = 0, high = kThreads;  // begins[low] <= at < begins[high]
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
       (plan.begins[middle] <= at ? low : high) = middle;
@@ -118,13 +138,7 @@ struct Unit {
     sequence = low * plan.run;
     Sequence its(args, sequence);
     for (int32_t units; (units = its.units(args, plan.span)) <= at; at -= units) its = Sequence(args, ++sequence);
-    row = its.row, queries = its.queries, keys = its.keys;
-    const int32_t blocks = its.blocks(args);
-    first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
-    rows = min(queries * args.group - first, args.slots.rows);
-    seen = sees(args, kRows - 1);
-    chunks = Sequence::chunks_of(args, seen);
-    chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
+    return its;
   }
   // Keys that one of its rows sees.
   __device__ __forceinline__ int32_t sees(const PagedArgs& args, int32_t place) const {
