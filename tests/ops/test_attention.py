@@ -6,6 +6,7 @@ import torch
 from attention_cases import DTYPES, LENGTHS, MASKS, exact, packed, relative, skip_what_cuda_lacks, starts_of
 from eightfold import reference
 from eightfold.ops import attention
+from eightfold.ops.attention import _flash_backward
 
 ops = torch.ops.eightfold
 SHAPES = [(4, 4, 64), (7, 1, 64), (8, 2, 96), (7, 1, 128), (4, 1, 16), (2, 1, 24), (3, 3, 256)]
@@ -275,3 +276,26 @@ def test_errors_of_the_public_function():
         attention(q[None], k[None], v[None], starts=starts)
     with pytest.raises(ValueError, match=r"v must have shape \[1, 10, kv_heads, 64\], got \[1, 9, 2, 64\]"):
         attention(q[None], k[None], v[None, :9])
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_backward_fills_no_memory_that_nobody_asked_to_fill(monkeypatch, asked):
+    """torch's own kernel runs in its deterministic form, which by default clears each new tensor with NaN."""
+    x, starts = torch.randn(8, 1, 64, dtype=torch.bfloat16), torch.tensor([0, 8], dtype=torch.int32)
+    seen = []
+
+    def kernel(*args, **kwargs):
+        flags = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+        seen.append(flags)
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(torch.ops.aten, "_flash_attention_backward", kernel)
+    torch.use_deterministic_algorithms(asked, warn_only=True)
+    try:
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            _flash_backward(x, x, x, x, x, torch.zeros(1, 8), starts, 8, 0.1)
+        assert torch.are_deterministic_algorithms_enabled() == asked
+        assert torch.utils.deterministic.fill_uninitialized_memory
+    finally:
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    assert seen == [(True, asked)]

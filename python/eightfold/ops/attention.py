@@ -23,6 +23,9 @@ def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True
         return reference.attention_backward(dout, q, k, v, out, lse, starts, longest, scale, causal, block)
     nothing = torch.zeros(2, dtype=torch.uint64, device=q.device)  # the state of a dropout that is not there
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    # Left to itself, torch would also fill each new tensor of that kernel with NaN, for nobody who asked for it.
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = filling and before[0]
     torch.use_deterministic_algorithms(True)
     try:
         grads = torch.ops.aten._flash_attention_backward(
@@ -30,6 +33,7 @@ def _flash_backward(dout, q, k, v, out, lse, starts, longest, scale, causal=True
         )
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling
     return tuple(grad.contiguous() for grad in grads)  # it gives them the layout of q, k and v
 
 
