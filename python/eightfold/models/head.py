@@ -170,19 +170,19 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, tokens, temperatures = ctx.saved_tensors
         dtype, (need_hidden, need_weight, *_) = hidden.dtype, ctx.needs_input_grad
         rounded = weight.to(dtype)
-        w, head = _operand(weight, dtype), rounded if ctx.codes is None else ctx.codes
+        w, head = _operand(rounded, dtype), rounded if ctx.codes is None else ctx.codes
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         total = sum_so_far(ctx.kept) if need_weight else None
         d_weight = total if total is not None and total.dtype == torch.float32 else None
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
-            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
-            error = _operand(error * -grad[part, None], dtype)
+            error = _operand(ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part])[1], dtype)
+            scale = -grad[part, None]  # of rows of the products' narrow operands, not of the wide one
             if need_hidden:
-                d_hidden[part] = _matmul(error, w).to(dtype)
+                d_hidden[part] = _matmul(error, w) * scale
             if need_weight:
-                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
+                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part].float() * scale, dtype))
         if total is not None:
             if d_weight is not total and d_weight is not None:
                 total.add_(d_weight)  # in fp32, rounded once
