@@ -124,6 +124,24 @@ def test_gradients_that_do_not_lie_together(device, weight_dtype, present):
     assert all(torch.equal(p.grad, w) for p, w in zip(parameters, wanted, strict=True))
 
 
+@pytest.mark.parametrize("places", [(0, 256, 384), (144, 400, 0), (0, 272, 400)], ids=str)
+def test_gradients_in_one_storage(device, places):
+    """As a shared product leaves them, in another order, and with a gap: all but the first take a product each."""
+    shapes, function = CASES["norm_linears"]
+    parameters, (x,) = make(device, *shapes, dtype=torch.bfloat16), batches(device, 1)
+    storage = torch.randn(sum(WIDTHS) + 16, H, device=device).bfloat16()
+    before = storage.clone()
+    for parameter, place, rows in zip(parameters[1:4], places, WIDTHS, strict=True):
+        parameter.grad = storage[place : place + rows]
+    wanted = expected(function, [x], parameters, [p.grad for p in parameters])
+    with Additions() as additions:
+        run(function, x, parameters, add_to_grad=True)
+    assert additions.counts[torch.bfloat16] == (1 if places == (0, 256, 384) else 3)
+    assert all(torch.equal(p.grad, w) for p, w in zip(parameters, wanted, strict=True))
+    gap = slice(256, 272) if places[1] == 272 else slice(sum(WIDTHS), None)
+    assert torch.equal(storage[gap], before[gap])
+
+
 def test_a_frozen_weight_of_a_shared_product(device):
     shapes, function = CASES["norm_linears"]
     parameters, xs = make(device, *shapes, dtype=torch.bfloat16), batches(device, 2)
