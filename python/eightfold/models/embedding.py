@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from eightfold.nn._accumulation import kept, sum_so_far
+from eightfold.nn._accumulation import kept, sums_so_far
 
 
 class _Embedding(torch.autograd.Function):
@@ -17,7 +17,7 @@ class _Embedding(torch.autograd.Function):
     def forward(ctx, ids, weight):
         ctx.save_for_backward(ids)
         ctx.rows = weight.shape[0]
-        (ctx.kept,) = kept(True, weight)
+        ctx.kept = kept(True, weight)
         return F.embedding(ids, weight)
 
     @staticmethod
@@ -25,7 +25,7 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx, dy):
         (ids,) = ctx.saved_tensors
         ids, dy = ids.flatten().long(), dy.flatten(0, -2)
-        total = sum_so_far(ctx.kept)
+        (total,) = sums_so_far(ctx)
         if total is None or not 0 < ids.numel() < ctx.rows:
             return None, _rows_gradient(dy, ids, ctx.rows)
         # All sizes are known to the host: as many places as tokens, those left over for rows that get a zero each.

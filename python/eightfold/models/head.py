@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-from eightfold.nn._accumulation import kept, sum_so_far
+from eightfold.nn._accumulation import kept, sums_so_far
 from eightfold.ops.loss import IGNORED_LABEL as IGNORE
 
 ops = torch.ops.eightfold
@@ -98,7 +98,7 @@ class _TokenLoss(torch.autograd.Function):
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype, ctx.used = weight.dtype, False
-        (ctx.kept,) = kept(add_to_grad, weight)
+        ctx.kept = kept(add_to_grad, weight)
         return total
 
     @staticmethod
@@ -110,7 +110,7 @@ class _TokenLoss(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden.mul_(grad)
-        total = None if d_weight is None else sum_so_far(ctx.kept)
+        (total,) = sums_so_far(ctx)
         if total is not None:
             total.addcmul_(d_weight, grad)  # in fp32, rounded once
             d_weight = None
@@ -161,7 +161,7 @@ class _TokenLogProbs(torch.autograd.Function):
             part = slice(begin, begin + chunk)
             out[part] = row_log_probs(row_logits(hidden[part], head), tokens[part], temperatures[part])
         ctx.save_for_backward(hidden, weight, tokens, temperatures)
-        ctx.chunk, ctx.codes, (ctx.kept,) = chunk, codes, kept(add_to_grad, weight)
+        ctx.chunk, ctx.codes, ctx.kept = chunk, codes, kept(add_to_grad, weight)
         return out
 
     @staticmethod
@@ -172,7 +172,7 @@ class _TokenLogProbs(torch.autograd.Function):
         rounded = weight.to(dtype)
         w, head = _operand(rounded, dtype), rounded if ctx.codes is None else ctx.codes
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        total = sum_so_far(ctx.kept) if need_weight else None
+        (total,) = sums_so_far(ctx)
         d_weight = total if total is not None and total.dtype == torch.float32 else None
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)

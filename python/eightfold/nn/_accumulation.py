@@ -9,16 +9,24 @@ DTYPES = (torch.bfloat16, torch.float32)
 
 
 def kept(asked: bool, *weights: Tensor) -> tuple[Tensor | None, ...]:
-    """What the context of an autograd Function keeps of its weights for ``sum_so_far``, if that is asked for: a saved
-    tensor may come back as another one of the same memory, as in a checkpointed layer. None while compiling."""
+    """What an autograd Function's context keeps as ``kept`` for ``sums_so_far``: its weights, if that is asked for; a
+    saved tensor may come back as another one of the same memory, as in a checkpointed layer. None while compiling."""
     return weights if asked and not torch.compiler.is_compiling() else (None,) * len(weights)
 
 
-def sum_so_far(weight: Tensor | None) -> Tensor | None:
-    """The `.grad` that the backward pass under way would have autograd add a gradient of ``weight`` to, where adding
-    it here is the same to everyone: a plain contiguous tensor, no hooks, and the pass is one that accumulates
-    (`backward`, not `torch.autograd.grad`). Else None."""
-    if weight is None or not weight.is_leaf or weight.grad is None:
+def sums_so_far(ctx) -> list[Tensor | None]:
+    """Of each of ``ctx.kept`` the `.grad` that the backward pass under way would have autograd add its gradient to,
+    where adding it here is the same to everyone: a plain contiguous tensor, no hooks, and the pass is one that
+    accumulates (`backward`, not `torch.autograd.grad`). Else None."""
+    if ctx.kept[0] is None:
+        return [None] * len(ctx.kept)
+    nodes = (node for node, _ in ctx.next_functions if isinstance(node, torch._C._functions.AccumulateGrad))
+    node_of = {id(node.variable): node for node in nodes}  # of leaves
+    return [_sum_so_far(weight, node_of.get(id(weight))) for weight in ctx.kept]
+
+
+def _sum_so_far(weight: Tensor, node) -> Tensor | None:
+    if node is None or weight.grad is None:
         return None
     total = weight.grad
     plain = type(weight) in (Tensor, nn.Parameter) and type(total) is Tensor and total.layout == torch.strided
@@ -28,15 +36,10 @@ def sum_so_far(weight: Tensor | None) -> Tensor | None:
         return None
     if not total.is_contiguous() or total.data_ptr() % 16:
         return None
-    return total if _accumulates(weight) else None
-
-
-def _accumulates(weight: Tensor) -> bool:
-    """Whether the backward pass under way ends in ``weight.grad``."""
     try:
-        return torch._C._will_engine_execute_node(torch.autograd.graph.get_gradient_edge(weight).node)
+        return total if torch._C._will_engine_execute_node(node) else None
     except RuntimeError:  # of torch.autograd.grad, whose caller gets the gradient
-        return False
+        return None
 
 
 def joined(totals: list[Tensor | None]) -> Tensor | None:

@@ -7,7 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from eightfold.nn import _products as p
-from eightfold.nn._accumulation import kept, sum_so_far
+from eightfold.nn._accumulation import kept, sums_so_far
 from eightfold.nn._products import ops
 
 
@@ -45,7 +45,7 @@ class Linear(torch.autograd.Function):
             rows = p.quantize_rows(x)
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] and save_input else None, *columns)
         ctx.cache, ctx.x_shape, ctx.bias_dtype = cache, x.shape, None if bias is None else bias.dtype
-        (ctx.kept,) = kept(add_to_grad, weight)
+        ctx.kept = kept(add_to_grad, weight)
         return p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -59,7 +59,7 @@ class Linear(torch.autograd.Function):
             dx = p.input_gradient(grads, [weight], [ctx.cache], dy.dtype).view(ctx.x_shape)
         if needs_weight:
             make, operand = (p.weight_gradient, columns) if x is None else (p.weight_gradient_of_input, x)
-            dw = make(grads[0].columns, operand, weight.dtype, sum_so_far(ctx.kept))
+            dw = make(grads[0].columns, operand, weight.dtype, *sums_so_far(ctx))
         if needs_bias:
             db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
         return dx, dw, db, None, None, None
@@ -124,8 +124,7 @@ class NormLinears(torch.autograd.Function):
         columns = col_codes, col_scales
         if col_codes is None and any(needs_weights):
             columns = p.norm_columns(codes, scales, rstd, norm_weight, dtype)
-        totals = [sum_so_far(weight) for weight in ctx.kept]
-        dweights = p.weight_gradients(gradients, columns, weights, needs_weights, totals)
+        dweights = p.weight_gradients(gradients, columns, weights, needs_weights, sums_so_far(ctx))
         dbiases = [sums[i].to(ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
         return dx, dx if ctx.has_residual else None, dnorm, *[None] * 7, *dweights, *dbiases
 
@@ -167,7 +166,7 @@ class SwiGLU(torch.autograd.Function):
         out = ops.swiglu_backward_quantize(dh, gate, gate_scales, up, up_scales, as_one)
         dgate, dgate_columns, dup, dup_columns, h_columns = (out[i : i + 2] for i in range(0, 10, 2))
 
-        *totals, down_total = (sum_so_far(weight) for weight in ctx.kept)
+        *totals, down_total = sums_so_far(ctx)
         ddown = None
         if needs[6]:
             ddown = p.weight_gradient(gradients[0].columns, h_columns, down_weight.dtype, down_total)
