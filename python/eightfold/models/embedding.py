@@ -44,6 +44,6 @@ def _rows_gradient(dy: torch.Tensor, ids: torch.Tensor, rows: int) -> torch.Tens
 
 def embedding(ids: torch.Tensor, weight: torch.Tensor, add_to_grad: bool = False) -> torch.Tensor:
     """weight[ids]; with ``add_to_grad``, its gradient is added to `.grad` as `nn.functional` says of that option."""
-    if add_to_grad and not torch.compiler.is_compiling():
+    if add_to_grad and torch.is_grad_enabled() and weight.requires_grad and not torch.compiler.is_compiling():
         return _Embedding.apply(ids, weight)
     return F.embedding(ids, weight)
