@@ -177,12 +177,14 @@ class _TokenLogProbs(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
-            error = _operand(ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part])[1], dtype)
-            scale = -grad[part, None]  # of rows of the products' narrow operands, not of the wide one
+            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
+            # Scaled and rounded in one pass over what is as large as the logits.
+            rounded_error = torch.empty_like(error, dtype=dtype)
+            error = _operand(torch.mul(error, -grad[part, None], out=rounded_error), dtype)
             if need_hidden:
-                d_hidden[part] = _matmul(error, w) * scale
+                d_hidden[part] = _matmul(error, w).to(dtype)
             if need_weight:
-                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part].float() * scale, dtype))
+                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
         if total is not None:
             if d_weight is not total and d_weight is not None:
                 total.add_(d_weight)  # in fp32, rounded once
