@@ -48,8 +48,8 @@ def products(m: int, n: int, k: int) -> None:
     for dtype in FORMATS:
         op.fp8_gemm(*a, *b, 128, bias, dtype)
     left, right = ([t.t() for t in op.quantize(t, (128, 1))] for t in (dy, x))
-    out = torch.zeros(n, k, device="cuda")
-    op.fp8_gemm_accumulate_(out, *left, *right, 1)
+    for dtype in FORMATS:
+        op.fp8_gemm_accumulate_(torch.zeros(n, k, device="cuda", dtype=dtype), *left, *right, 1)
 
 
 def plain_products(m: int, n: int, k: int) -> None:
