@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
+from eightfold.models.files import check_tensors, read_shards, some, write_folder, write_json
 from eightfold.models.gguf_loading import read_gguf
 from eightfold.models.interchange import CODES, QUANTIZATION, Format, check_quantization, dequantized, in_format
 from eightfold.models.llada import decoder_name, llada_name
@@ -106,22 +104,7 @@ def _weights_file(folder: Path) -> Path:
 
 def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-        return _read_shard(folder / SINGLE)
-    try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from None
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder / absent[0]}: shard named in {INDEX} is missing")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        tensors.update(_read_shard(folder / shard))
-    return tensors
+    return read_shards(folder, SINGLE, INDEX)
 
 
 def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: object) -> dict[str, torch.Tensor]:
@@ -131,21 +114,8 @@ def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: obj
         return tensors
     named = {name: decoder_name(name) for name in tensors}
     if strange := [name for name, ours in named.items() if ours is None]:
-        raise ValueError(f"{source}: unexpected {_some(strange)}, of a llada model")
+        raise ValueError(f"{source}: unexpected {some(strange)}, of a llada model")
     return {named[name]: tensor for name, tensor in tensors.items()}
-
-
-def _read_shard(file: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {key: _aligned(shard.get_tensor(key)) for key in shard.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, copied if need be to where the ops take it; in a file a tensor begins at any multiple of 8 bytes."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def build_decoder(
@@ -159,23 +129,10 @@ def build_decoder(
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
     stored = llada_name if config.model_type == "llada" else str
-    missing = [stored(name) for name in expected if tensors.get(name) is None]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing:
-        raise ValueError(f"{source}: missing {_some(missing)}")
-    if unexpected:
-        raise ValueError(f"{source}: unexpected {_some(unexpected)}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{source}: {stored(name)}: expected shape {shape}, got {tuple(tensors[name].shape)}")
+    check_tensors(tensors, expected, source, stored)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model.requires_grad_(True)
-
-
-def _some(names: list[str], first: int = 3) -> str:
-    more = f" and {len(names) - first} more" if len(names) > first else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:first])}{more}"
 
 
 def load_tokenizer(path: Path):
@@ -203,21 +160,7 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None, form
     naming the argument or the weight that "fp8" cannot hold.
     """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
-        raise ValueError(f"{folder}: expected a new name, an empty folder or a saved model to replace")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write_decoder(model, work, tokenizer, format)
-        work.chmod(0o755)
-        _replace_folder(work, folder)
-    except Exception as error:
-        # The tokenizers library reports a failed write as a bare Exception.
-        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
-            raise OSError(f"{folder}: not saved: {error}") from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    write_folder(folder, lambda work: write_decoder(model, work, tokenizer, format))
     return folder
 
 
@@ -237,31 +180,10 @@ def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format |
         if format == "fp8":
             config["quantization_config"]["modules_to_not_convert"] = [llada_name("lm_head.weight")[: -len(".weight")]]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-    _write_json(folder / "generation_config.json", ids)
+    write_json(folder / "generation_config.json", ids)
     save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
     (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def _write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; an older one is moved aside first and removed last, or moved back on failure."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / folder.name)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old / folder.name, folder)
-        raise
-    finally:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
