@@ -14,4 +14,10 @@ FAMILIES = (
     "confidence",
     "optim",
 )
-LONG = ("step", "decode", "rl", "diffusion")  # whole layers, steps and models, with compiles: minutes, so only by name
+LONG = (
+    "step",
+    "decode",
+    "rl",
+    "rl_training",
+    "diffusion",
+)  # whole layers, steps and models, with compiles: minutes, so only by name
