@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -104,23 +105,24 @@ def _weights_file(folder: Path) -> Path:
     return folder / (INDEX if (folder / INDEX).is_file() else SINGLE)
 
 
-def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise FileNotFoundError(f"{folder}: neither {SINGLE} nor {INDEX} is there")
-        return _read_shard(folder / SINGLE)
+def read_safetensors(folder: Path, single: str = SINGLE) -> dict[str, torch.Tensor]:
+    """All tensors of the file `single`, or of the shards that its index names."""
+    index = folder / f"{single}.index.json"
+    if not index.is_file():
+        if not (folder / single).is_file():
+            raise FileNotFoundError(f"{folder}: neither {single} nor {index.name} is there")
+        return read_shard(folder / single)
     try:
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{folder / INDEX}: not a safetensors index: {error!r}") from None
+        raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
     absent = [shard for shard in shards if not (folder / shard).is_file()]
     if absent:
-        raise FileNotFoundError(f"{folder / absent[0]}: shard named in {INDEX} is missing")
+        raise FileNotFoundError(f"{folder / absent[0]}: shard named in {index.name} is missing")
     tensors: dict[str, torch.Tensor] = {}
     for shard in shards:
-        tensors.update(_read_shard(folder / shard))
+        tensors.update(read_shard(folder / shard))
     return tensors
 
 
@@ -135,7 +137,8 @@ def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: obj
     return {named[name]: tensor for name, tensor in tensors.items()}
 
 
-def _read_shard(file: Path) -> dict[str, torch.Tensor]:
+def read_shard(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of one safetensors file."""
     try:
         with safe_open(file, framework="pt") as shard:
             return {key: _aligned(shard.get_tensor(key)) for key in shard.keys()}  # noqa: SIM118
@@ -159,6 +162,20 @@ def build_decoder(
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
     stored = llada_name if config.model_type == "llada" else str
+    check_tensors(expected, tensors, source, stored)
+    model.load_state_dict(tensors, assign=True)
+    model.tie_weights()
+    return model.requires_grad_(True)
+
+
+def check_tensors(
+    expected: dict[str, tuple[int, ...]],
+    tensors: dict[str, torch.Tensor | None],
+    source: object,
+    stored: Callable[[str], str] = str,
+) -> None:
+    """Raises ValueError unless `tensors`, from `source`, have the names and shapes of `expected`. It names missing and
+    misshapen ones as `stored` does."""
     missing = [stored(name) for name in expected if tensors.get(name) is None]
     unexpected = [name for name in tensors if name not in expected]
     if missing:
@@ -168,9 +185,6 @@ def build_decoder(
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
             raise ValueError(f"{source}: {stored(name)}: expected shape {shape}, got {tuple(tensors[name].shape)}")
-    model.load_state_dict(tensors, assign=True)
-    model.tie_weights()
-    return model.requires_grad_(True)
 
 
 def _some(names: list[str], first: int = 3) -> str:
@@ -202,13 +216,22 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None, form
     temporary folder is removed and an older `folder` stays as it was. Raises OSError naming the folder, and ValueError
     naming the argument or the weight that "fp8" cannot hold.
     """
+    return save_folder(folder, lambda work: write_decoder(model, work, tokenizer, format))
+
+
+def save_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> Path:
+    """`folder` with what `write` puts into the folder it is given: all of it or, on an error, what was there before.
+
+    Raises OSError naming the folder where a file cannot be written, and ValueError where `folder` holds something else
+    than a model (a folder with config.json).
+    """
     folder = Path(folder)
     if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
         raise ValueError(f"{folder}: expected a new name, an empty folder or a saved model to replace")
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        write_decoder(model, work, tokenizer, format)
+        write(work)
         work.chmod(0o755)
         _replace_folder(work, folder)
     except Exception as error:
@@ -237,17 +260,21 @@ def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format |
         if format == "fp8":
             config["quantization_config"]["modules_to_not_convert"] = [llada_name("lm_head.weight")[: -len(".weight")]]
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
-    _write_json(folder / "generation_config.json", ids)
-    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
-    (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
+    write_json(folder / "generation_config.json", ids)
+    write_safetensors(folder / SINGLE, tensors)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
 
 
-def _write_json(file: Path, value: dict) -> None:
+def write_json(file: Path, value: dict) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod((file.parent / "config.json").stat().st_mode)  # safetensors lets only its owner read it
 
 
 def _replace_folder(new: Path, folder: Path) -> None:
