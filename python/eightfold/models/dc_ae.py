@@ -154,15 +154,19 @@ class DCAE(nn.Module):
         if x.shape[0] == 0:
             return x.new_empty(0, width, height * scales[1], breadth * scales[1])
         if tiling is None:
-            self._check_elements(side, x.shape[0] * height * breadth * ratio**2, "tiling: expected tiles")
+            self._check_elements("tiling: expected one", side, x.shape[0] * height * breadth)
             return getattr(self, side)(x)
         tile, overlap = tiling.cells(ratio)
-        self._check_elements(side, min(tile, height) * min(tile, breadth) * ratio**2, "tile: expected smaller tiles")
+        area = min(tile, height) * min(tile, breadth)
+        self._check_elements("tile: expected one", side, area * min(x.shape[0], tile * tile // area))
         return tiled(getattr(self, side), x, tile, overlap, scales)
 
-    def _check_elements(self, side: str, area: int, expected: str) -> None:
-        if (elements := int(area * largest_tensor(self.config, side))) >= INDEX_LIMIT:
-            raise ValueError(f"{expected} of this model, none of whose tensors has 2^31 elements, got {elements:,}")
+    def _check_elements(self, expected: str, side: str, cells: int) -> None:
+        elements = int(cells * self.config.ratio**2 * largest_tensor(self.config, side))
+        if elements >= INDEX_LIMIT:
+            raise ValueError(
+                f"{expected} with which this {side}'s tensors have less than 2^31 elements, got {elements:,}"
+            )
 
 
 def largest_tensor(config: DCAEConfig, side: str) -> float:

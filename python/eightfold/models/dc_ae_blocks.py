@@ -42,20 +42,28 @@ class Activation(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + 1e-5) * weight + bias over the channels of [B, C, H, W]."""
+    """x / sqrt(mean(x^2) + 1e-5) * weight + bias over the channels of [B, C, H, W], plus the residual."""
 
     def __init__(self, width: int):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.bias = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = pixels(x)
-        return channels(F.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS).add_(self.bias))
+        out = channels(F.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS).add_(self.bias))
+        return out if residual is None else out.add_(residual)
 
 
-def new_norm(kind: str, width: int) -> nn.Module:
-    return RMSNorm(width) if kind == "rms_norm" else nn.BatchNorm2d(width, NORM_EPS)
+class BatchNorm(nn.BatchNorm2d):
+    def __init__(self, width: int):
+        super().__init__(width, NORM_EPS)
+
+    def forward(self, x: Tensor, residual: Tensor) -> Tensor:
+        return super().forward(x).add_(residual)
+
+
+NORMS = {"rms_norm": RMSNorm, "batch_norm": BatchNorm}
 
 
 def relu_attention(qkv: Tensor, head_dim: int) -> Tensor:
@@ -102,14 +110,14 @@ class MultiscaleAttention(nn.Module):
         self.to_qkv = nn.Linear(width, 3 * inner, bias=False)
         self.to_qkv_multiscale = nn.ModuleList(Aggregation(3 * inner, head_dim, size) for size in sizes)
         self.to_out = nn.Linear((1 + len(sizes)) * inner, width, bias=False)
-        self.norm_out = new_norm(norm, width)
+        self.norm_out = NORMS[norm](width)
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(pixels(x))
         scales = [qkv, *(pixels(more(channels(qkv))) for more in self.to_qkv_multiscale)]
         mixed = torch.cat([relu_attention(scale.flatten(1, 2), self.head_dim) for scale in scales], dim=-1)
         mixed = self.to_out(mixed).unflatten(1, qkv.shape[1:3])
-        return self.norm_out(channels(mixed)).add_(x)
+        return self.norm_out(channels(mixed), residual=x)
 
 
 def gated_depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
@@ -132,7 +140,7 @@ class GLUMBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = F.linear(pixels(x), self.conv_inverted.weight.flatten(1), self.conv_inverted.bias)
         narrow = F.linear(gated_depthwise(wide, self.conv_depth), self.conv_point.weight.flatten(1))
-        return self.norm(channels(narrow)).add_(x)
+        return self.norm(channels(narrow), residual=x)
 
 
 class EfficientViTBlock(nn.Module):
@@ -153,10 +161,10 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width, width, 3, padding=1)
         self.activation = Activation(activation)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.norm = new_norm(norm, width)
+        self.norm = NORMS[norm](width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv2(self.activation(self.conv1(x)))).add_(x)
+        return self.norm(self.conv2(self.activation(self.conv1(x))), residual=x)
 
 
 # ---- Changes of resolution ----

@@ -66,13 +66,13 @@ def build_dc_ae(
     with torch.device("meta"):
         model = DCAE(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = gathered(expected, layout_of(names_of(tensors), config), tensors, source)
+    joined = gathered(expected, layout_of(names_of(tensors), config), tensors, source)
     if dtype is None:
         dtypes = {tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()}
         if len(dtypes) > 1:
             raise ValueError(f"{source}: expected one dtype, got {', '.join(sorted(map(str, dtypes)))}: give `dtype`")
         check_dtype(f"{source}: dtype", next(iter(dtypes)))
-    model.load_state_dict(tensors, assign=True)
+    model.load_state_dict(joined, assign=True)
     return model.requires_grad_(True).to(dtype=dtype, memory_format=torch.channels_last).eval()
 
 

@@ -43,18 +43,19 @@ def spans(size: int, tile: int, overlap: int) -> list[tuple[int, int]]:
     return [(start, start + length) for start in starts]
 
 
-def ramps(spans: list[tuple[int, int]]) -> list[Tensor]:
+def ramps(spans: list[tuple[int, int]], device: torch.device | str = "cpu") -> list[Tensor]:
     """fp32 weights of the positions of each span: linear where it overlaps with a neighbour. They sum to 1 over the
     spans at every position."""
     weights = []
     for i, (start, end) in enumerate(spans):
-        at, weight = torch.arange(start, end) + 0.5, torch.ones(end - start)
+        at = torch.arange(start, end, device=device) + 0.5
+        weight = torch.ones_like(at)
         if i > 0 and (shared := spans[i - 1][1] - start):
             weight = torch.minimum(weight, (at - start) / shared)
         if i + 1 < len(spans) and (shared := end - spans[i + 1][0]):
             weight = torch.minimum(weight, (end - at) / shared)
         weights.append(weight)
-    total = torch.zeros(spans[-1][1])
+    total = torch.zeros(spans[-1][1], device=device)
     for (start, end), weight in zip(spans, weights):
         total[start:end] += weight
     return [weight / total[start:end] for (start, end), weight in zip(spans, weights)]
@@ -79,7 +80,7 @@ def _blended(function, x: Tensor, grid: list[list[tuple[int, int]]], per_cell: i
     if all(len(spans) == 1 for spans in grid):
         return function(x)
     to_rows, to_columns = ([(a * out_per_cell, b * out_per_cell) for a, b in spans] for spans in grid)
-    weights = [[ramp.to(x.device) for ramp in ramps(spans)] for spans in (to_rows, to_columns)]
+    weights = [ramps(spans, x.device) for spans in (to_rows, to_columns)]
     total = None
     for (top, bottom), rows, of_row in zip(grid[0], to_rows, weights[0]):
         for (left, right), columns, of_column in zip(grid[1], to_columns, weights[1]):
