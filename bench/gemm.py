@@ -59,11 +59,18 @@ def _forward(device: torch.device, m: int, n: int, k: int) -> Case:
 
 
 def _wgrad(device: torch.device, m: int, n: int, k: int) -> list[Case]:
-    """Added to fp32 sums, as over micro-batches; and written in bf16."""
+    """Added to fp32 sums, as over micro-batches, written in bf16, and added to bf16 sums."""
     dy, x = (torch.randn(k, cols, device=device, dtype=torch.bfloat16) for cols in (m, n))
     a, b = (tuple(t.t() for t in ops.quantize(tensor, (128, 1))) for tensor in (dy, x))
     out = torch.zeros(m, n, device=device)
     bf16 = bind(ops.fp8_gemm, *a, *b, 1, None, torch.bfloat16)
+    bf16_out = torch.zeros(m, n, device=device, dtype=torch.bfloat16)
+
+    def added_once() -> torch.Tensor:
+        bf16_out.zero_()
+        ops.fp8_gemm_accumulate_(bf16_out, *a, *b, 1)
+        return bf16_out
+
     shape, flop, reference = f"{m}x{n}x{k}", 2 * m * n * k, {"torch fp32": bind(torch.mm, dy.float().t(), x.float())}
     return [
         Case(
@@ -83,6 +90,17 @@ def _wgrad(device: torch.device, m: int, n: int, k: int) -> list[Case]:
             tolerance=1.75e-3,
             flop=flop,
             peers=_wgrad_peers(dy, x, a, b) if x.is_cuda else reference,
+        ),
+        Case(
+            "fp8_gemm wgrad added to bf16",
+            shape,
+            ours=bind(ops.fp8_gemm_accumulate_, bf16_out, *a, *b, 1),
+            error=lambda: relative_error(added_once()[:256], exact(a, b, (1, 128))),
+            tolerance=1.75e-3,
+            flop=flop,
+            peers={"torch bf16 addmm_": bind(torch.Tensor.addmm_, torch.zeros_like(bf16_out), dy.t(), x)}
+            if x.is_cuda
+            else reference,
         ),
     ]
 

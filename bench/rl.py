@@ -67,7 +67,7 @@ def _times(model: Decoder, precision: str, sequences: int, prompt: int, completi
     pages = sequences * -(-(prompt + completion) // PAGE)
     engine = Rollout(policy, RolloutOptions(pages, PAGE, sequences, keep_cache=False))
     if precision == "fp8":
-        trained.compute.codes = engine.kept.codes
+        trained.compute.codes, trained.compute.add_to_grad = engine.kept.codes, True
     generator, micro_batch = torch.Generator().manual_seed(1), 1
     for drawn in (min(64, completion), completion):
         ids = torch.randint(model.config.vocab_size, (sequences, prompt), generator=generator).tolist()

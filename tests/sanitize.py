@@ -48,8 +48,8 @@ def products(m: int, n: int, k: int) -> None:
     for dtype in FORMATS:
         op.fp8_gemm(*a, *b, 128, bias, dtype)
     left, right = ([t.t() for t in op.quantize(t, (128, 1))] for t in (dy, x))
-    out = torch.zeros(n, k, device="cuda")
-    op.fp8_gemm_accumulate_(out, *left, *right, 1)
+    for dtype in FORMATS:
+        op.fp8_gemm_accumulate_(torch.zeros(n, k, device="cuda", dtype=dtype), *left, *right, 1)
 
 
 def plain_products(m: int, n: int, k: int) -> None:
@@ -177,7 +177,10 @@ def attends(lengths, heads, kv_heads, dim, page_size):
         sizes = torch.tensor(lengths, device="cuda", dtype=torch.int32)
         for cache in ((k_pages, v_pages, None, None), codes):
             for mask in ((True, 1), (True, 32), (False, 1)):
-                op.paged_attention(asked, *cache, pages, begins, sizes, rows, 0.1, *mask)
+                where = pages, begins, sizes, rows, 0.1, *mask
+                op.paged_attention(asked, *cache, *where, True)  # settled: the stores are far behind
+                if dim == 128:
+                    op.paged_attention_quantize(asked, *cache, *where)
 
 
 def blocks(places, rows, heads, kv_heads, dim, room):

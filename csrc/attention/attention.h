@@ -72,6 +72,15 @@ struct PagedAttention {
   int64_t sequences, most_pages, longest;  // longest: no sequence has more rows of q
   float scale;
   int64_t block;  // as of Attention
+  // Whether all but q, and the keys and values of its rows, was complete before a kernel ahead that did not start early: on CUDA it is then
+  // read while the kernels behind that one still run.
+  bool settled;
+  // Where not null, instead of `out`: its row codes [tokens, heads * dim] in groups of 128, which are a head (dim is 128), and their scales
+  // [tokens, heads] with rows contiguous, the bytes of casting the bf16 result. On CUDA only where paged_attention_gives_codes_sm90() says
+  // so; on the CPU the cast is apart.
+  uint8_t* codes;
+  float* scales;
+  int64_t scale_ld;
 };
 
 void attention_cpu(const Attention& op);
@@ -85,6 +94,7 @@ void attention_backward_sm90(const AttentionBackward& op, void* workspace, void*
 // Bytes of workspace for what paged_attention_sm90 is given; decided by sizes and the current device alone.
 int64_t paged_attention_workspace_sm90(const PagedAttention& op);
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream);
+bool paged_attention_gives_codes_sm90(const PagedAttention& op);
 
 // Rows of k and v [tokens, kv_heads, dim] into pages: row i to slot slots[i] = page * page_size + place in it; below 0: nowhere.
 struct PagedStore {

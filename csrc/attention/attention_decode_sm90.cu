@@ -6,6 +6,9 @@
 //   math      the tiles of a chunk as in the kernel of many queries (attention_tile.cuh). What the unit has folded so far waits in the
 //             block's slot, which stays in the L2 cache: a chunk's reads hide it. A sequence of one span is finished there,
 //   fold      the parts of others by a second kernel, in order
+//   start     where all but the newest rows is settled, units are planned and the ring is filled while the kernel ahead, which makes those
+//             rows, still runs. Kernels before it may run as well, each having started early, but none of before the last kernel that
+//             did not: and that one came after all that is read early (PagedAttention::settled). Writes, and newest rows, wait
 //
 // Over pages of E4M3 codes the math warpgroup first makes a tile wide (attention_pages.cuh), and many queries, too, are computed here: 64
 // rows are a unit.
@@ -27,11 +30,14 @@
 #include "core/launch.cuh"
 #include "core/memory.cuh"
 #include "core/tma_stream.cuh"
+#include "quant/row_cast.cuh"
 
 namespace eightfold {
 namespace {
 
 using namespace attention;
+
+constexpr int kCodesDim = quant::kTile;  // of a head that is a group of codes
 
 template <int kDim, class Pages>
 struct Config {
@@ -40,7 +46,7 @@ struct Config {
   static constexpr int kStages = kDim == 64 ? 6 : 3;
   static constexpr int kWide = kQueryBytes, kRing = kWide + (Pages::kCodes ? Shape<kDim>::kTileBytes : 0);  // kWide: a tile of codes
   static constexpr int kFull = kRing + kStages * kTileBytes, kEmpty = kFull + 8 * kStages;
-  static constexpr int kPlan = kEmpty + 8 * kStages, kBytes = kPlan + 4 * Plan<kThreads>::kInts;
+  static constexpr int kPlan = kEmpty + 8 * kStages, kUnit = kPlan + 4 * Plan<kThreads>::kInts, kBytes = kUnit + sizeof(Unit);
   static_assert(kBlocksOfMultiprocessor * (kBytes + 1024) <= 233472);
 };
 
@@ -50,13 +56,23 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   constexpr int kParts = Pages::template Tile<kDim>::kParts;
   const int32_t lane = threadIdx.x % 32;
   Share share;
-  share.part = lane % kParts, share.begin = lane / kParts * min(args.keys.page_size, kTile);
+  share.part = lane % kParts;
+  // Where a unit has all queries, nobody reads its keys again: what else the L2 cache holds, as weights of norms, is read once more.
+  share.policy = args.most_rows > kRows ? l2_evict_normal() : l2_evict_first();
   RingPosition<C::kStages> at;
+  bool waits = args.settled;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     share.head = unit.head;
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
-      const int32_t key = tile * kTile + share.begin, coming = pages.coming(args.keys, unit.keys - tile * kTile);
+      const int32_t kept = unit.keys - tile * kTile;
+      if (waits && kept - unit.queries < kTile) {  // it has keys of this launch's own rows
+        wait_for_earlier_kernels();
+        waits = false;
+      }
+      share.keys = kept < kTile ? kFewKeys : min(args.keys.page_size, kTile);
+      share.begin = lane / kParts * share.keys;
+      const int32_t key = tile * kTile + share.begin, coming = min((kept + share.keys - 1) / share.keys * share.keys, kTile);
       const bool mine = share.begin < coming;
       share.page = mine ? args.keys.page(unit.sequence, key) : 0;
       share.place = key % args.keys.page_size;
@@ -112,11 +128,41 @@ __device__ __forceinline__ void leave_in(const Slots& slots, int32_t slot, int32
   }
 }
 
+// The lane's row h of `head` as codes, a group: what the cast of store_row()'s row would give. By whole warps; `exists` may differ.
+template <int kDim>
+__device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token, int32_t head, const Rows<kDim>& rows, int h,
+                                            bool exists) {
+  using Eight = Octet<__nv_bfloat16>;
+  const int32_t member = threadIdx.x % 4;
+  const float inverse = reciprocal(rows.sum[h]);
+  Eight octets[kDim / 32];
+  uint32_t maximum = 0;
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) {
+    octet_of_row<kDim>(octets[i].words, rows.out, h, inverse, 4 * i);
+    maximum = Eight::larger(maximum, octet_maximum(octets[i]));
+  }
+  maximum = Eight::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, 1));
+  maximum = Eight::larger(maximum, __shfl_xor_sync(0xFFFFFFFFu, maximum, 2));
+  const float scale = group_scale(__uint_as_float(Eight::widest_bits(maximum)), false);
+  const auto by = GroupDivider<__nv_bfloat16>::of(scale);
+  if (!exists) return;
+  if (member == 0) args.codes.scales[token + head * args.codes.scale_ld] = scale;
+  uint8_t* to = args.codes.codes + (token * (args.kv_heads * args.group) + head) * kDim + 8 * member;
+#pragma unroll
+  for (int i = 0; i < kDim / 32; ++i) store_codes8(to + 32 * i, encode_octet(octets[i], by), 8, true);
+}
+
 template <int kDim>
 __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& unit, int32_t place, const Rows<kDim>& rows) {
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     const int32_t row = unit.first + place + 8 * h;
+    if (kDim == kCodesDim && args.codes.codes) {
+      store_codes<kDim>(args, static_cast<int64_t>(unit.row) + row / args.group, unit.head * args.group + row % args.group, rows, h,
+                        place + 8 * h < unit.rows);
+      continue;
+    }
     store_row<kDim>(args.out + (static_cast<int64_t>(unit.row) + row / args.group) * args.out_token_stride +
                         (unit.head * args.group + row % args.group) * args.out_head_stride,
                     rows, h, place + 8 * h < unit.rows);
@@ -124,8 +170,10 @@ __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& 
 }
 
 // kExist: of a lane's two rows; 1 where a unit has 8 rows at most, which are the first warp's.
+// `kept_unit`: in shared memory, where a unit waits for the end of its chunks: the tiles want the registers. Each block waits here for the
+// kernels ahead, once its first unit is known.
 template <int kDim, int kExist, class Pages, int kThreads>
-__device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan) {
+__device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared, const Plan<kThreads>& plan, Unit* kept_unit) {
   using C = Config<kDim, Pages>;
   const uint32_t lane = threadIdx.x % 32;
   const int32_t place = 16 * (threadIdx.x / 32) + static_cast<int32_t>(lane) / 4;  // of the lane's first row
@@ -153,6 +201,8 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   };
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
+    if (threadIdx.x == 0) *kept_unit = unit;  // seen by all once the queries are placed
+    if (index == blockIdx.x) wait_for_earlier_kernels();
     place_queries<kDim>(shared, 1, [&](int32_t place) -> const __nv_bfloat16* {  // row = query * group + head of the group
       const int32_t row = unit.first + place;
       if (place >= unit.rows) return nullptr;
@@ -161,17 +211,17 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
     });
     Rows<kDim> rows;
     rows.clear();
-    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0), sees[2] = {unit.sees(args, place), unit.sees(args, place + 8)};
+    const int32_t end_tile = unit.end_tile(), all_see = unit.sees(args, 0);
     for (int32_t tile = unit.chunk * kTilesOfChunk; tile < end_tile; ++tile) {
       Scores scores;
       Weights weights;
-      const int32_t kept = unit.keys - tile * kTile;
+      const int32_t kept = kept_unit->keys - tile * kTile;
       start_scores<kDim>(scores, shared, kRows * 128, next(kept));
       wgmma_wait_all();
       pin_registers(scores);
       done();
       if (all_see < (tile + 1) * kTile) {
-        const int32_t limits[2] = {sees[0] - tile * kTile, sees[1] - tile * kTile};
+        const int32_t limits[2] = {kept_unit->sees(args, place) - tile * kTile, kept_unit->sees(args, place + 8) - tile * kTile};
         hide(scores, limits, lane);
       }
       absorb<kDim, kExist>(rows, scores, args.factor, weights);
@@ -185,7 +235,7 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
       if (!ends && (tile + 1) % kTilesOfChunk != 0) continue;
       const int32_t chunk = tile / kTilesOfChunk;
       end_chunk<kDim>(rows);
-      const Unit unit(args, plan, index);  // again, rather than keep it in registers that the tiles want
+      const Unit& unit = *kept_unit;
       if (unit.folds() && chunk > 0) fold_into<kDim>(args.slots, own_slot, place, unit.rows, rows);
       if (ends && unit.finishes())
         store_result<kDim>(args, unit, place, rows);
@@ -193,8 +243,10 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
         leave_in<kDim>(args.slots, unit.folds() && !ends ? own_slot : unit.slot(args, chunk), place, unit.rows, rows);
       rows.clear();
     }
-    warpgroup_meet(1);  // before the next unit's queries take their place
+    warpgroup_meet(1);  // before the next unit, and its queries, take their place
   }
+  wait_for_earlier_kernels();  // blocks without a unit, too
+  if (blockIdx.x == 0 && threadIdx.x == 0) *args.slots.span = plan.folds ? plan.span : 0;
 }
 
 template <int kDim, int kExist, class Pages>
@@ -215,12 +267,10 @@ __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pa
   } else if (threadIdx.x == 32) {
     pages.prefetch();
   }
-  wait_for_earlier_kernels();
+  if (!args.settled) wait_for_earlier_kernels();
   const Plan<C::kThreads> plan(args, reinterpret_cast<int32_t*>(memory + C::kPlan));
-  if (warp_uniform(threadIdx.x / 32) == 4)
-    produce<kDim>(args, pages, shared, plan);
-  else
-    multiply<kDim, kExist, Pages>(args, shared, plan);
+  if (warp_uniform(threadIdx.x / 32) == 4) return produce<kDim>(args, pages, shared, plan);
+  multiply<kDim, kExist, Pages>(args, shared, plan, reinterpret_cast<Unit*>(memory + C::kUnit));
 }
 
 // What a thread has of a row: a column.
@@ -257,19 +307,36 @@ struct Folded {
   }
 };
 
+// A block's row, of which a thread has one column, as codes: cast as anywhere, once the first warp has it.
+__device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token, int32_t head, __nv_bfloat16 result) {
+  __shared__ __align__(16) __nv_bfloat16 row[kCodesDim];
+  row[threadIdx.x] = result;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int count = threadIdx.x < kCodesDim / 8 ? 8 : 0;
+    const Octet<__nv_bfloat16> x = count > 0 ? load_shared(row + 8 * threadIdx.x) : Octet<__nv_bfloat16>{};
+    const int64_t cols = static_cast<int64_t>(args.kv_heads) * args.group * kCodesDim;
+    quant::cast_row_octet(x, args.codes, token, static_cast<int64_t>(head) * kCodesDim + 8 * threadIdx.x, cols, count, true);
+  }
+  __syncthreads();  // before the next row
+}
+
 // A block takes rows, a thread a column.
 template <int kDim>
 __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant__ PagedArgs args) {
   let_next_kernel_start();
+  constexpr int kFew = 8, kMany = 32;
+  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
+  const int32_t rows_of_sequence = args.kv_heads * args.slots.rows;
+  if (!args.settled) wait_for_earlier_kernels();
+  Sequence sequence(args, static_cast<int32_t>(blockIdx.x) / rows_of_sequence);
   wait_for_earlier_kernels();
   const int32_t span = *args.slots.span;
   if (span == 0) return;
-  constexpr int kFew = 8, kMany = 32;
-  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
   for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
     const int32_t row = static_cast<int32_t>(index % args.slots.rows), of = static_cast<int32_t>(index / args.slots.rows);
     const int32_t head = of % args.kv_heads, query = row / args.group;
-    const Sequence sequence(args, of / args.kv_heads);
+    if (index != blockIdx.x) sequence = Sequence(args, of / args.kv_heads);
     if (sequence.chunks <= span || query >= sequence.queries) continue;
     const int64_t step = static_cast<int64_t>(args.kv_heads) * args.slots.rows;
     int64_t at = (static_cast<int64_t>(of / args.kv_heads) * args.most_chunks + span - 1) * step + head * args.slots.rows + row;
@@ -283,9 +350,13 @@ __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant_
         left = 0;
       }
     }
-    __nv_bfloat16* to = args.out + (static_cast<int64_t>(sequence.row) + query) * args.out_token_stride +
-                        (head * args.group + row % args.group) * args.out_head_stride;
-    to[threadIdx.x] = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+    const int64_t token = static_cast<int64_t>(sequence.row) + query;
+    const int32_t query_head = head * args.group + row % args.group;
+    const __nv_bfloat16 result = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+    if (kDim == kCodesDim && args.codes.codes)
+      store_codes(args, token, query_head, result);
+    else
+      args.out[token * args.out_token_stride + query_head * args.out_head_stride + threadIdx.x] = result;
   }
 }
 
@@ -294,11 +365,20 @@ int64_t most_rows(const PagedAttention& op) { return op.longest * (op.heads / op
 bool few_queries(const PagedAttention& op) { return most_rows(op) <= kRows; }
 bool computes(const PagedAttention& op) { return few_queries(op) || op.page_dtype == DType::e4m3; }
 
-int64_t blocks_of(const PagedAttention& op) {
-  const int64_t units = op.sequences * op.kv_heads * (few_queries(op) ? most_chunks(op) : (most_rows(op) + kRows - 1) / kRows);
-  return std::min(units, int64_t{2} * multiprocessors(current_device()));
+int64_t most_blocks() { return int64_t{2} * multiprocessors(current_device()); }
+
+// Whether units have whole sequences: where many queries make units enough, and where sequences do whose lengths, of a few chunks at most,
+// cannot differ by much. Then there are no parts, and a step of decoding has a kernel less in each layer.
+bool whole_sequences(const PagedAttention& op) {
+  constexpr int64_t kFewChunks = 4;
+  return !few_queries(op) || (most_chunks(op) <= kFewChunks && 10 * op.sequences * op.kv_heads >= 9 * most_blocks());
 }
-int64_t parts_of(const PagedAttention& op) { return few_queries(op) ? op.sequences * op.kv_heads * most_chunks(op) : 0; }
+
+int64_t blocks_of(const PagedAttention& op) {
+  const int64_t of_head = few_queries(op) ? (whole_sequences(op) ? 1 : most_chunks(op)) : (most_rows(op) + kRows - 1) / kRows;
+  return std::min(op.sequences * op.kv_heads * of_head, most_blocks());
+}
+int64_t parts_of(const PagedAttention& op) { return whole_sequences(op) ? 0 : op.sequences * op.kv_heads * most_chunks(op); }
 int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
 int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
@@ -309,7 +389,7 @@ void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args,
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
   launch_kernel(true, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
-  if (args.most_chunks == 1 || !few_queries(op)) return;
+  if (args.most_chunks == 1 || args.slots.parts == 0) return;
   const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
   launch_kernel(true, "paged_fold_kernel", paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream,
                 args);
@@ -336,6 +416,8 @@ int64_t paged_attention_workspace_sm90(const PagedAttention& op) {
   return rows_of_slots(op) * (op.dim + 2) * 4 + 4;
 }
 
+bool paged_attention_gives_codes_sm90(const PagedAttention& op) { return op.dim == kCodesDim && computes(op); }
+
 void paged_attention_sm90(const PagedAttention& op, void* workspace, void* stream) {
   if (op.tokens == 0) return;
   if (!computes(op)) return paged_rows_sm90(op, stream);
@@ -345,18 +427,26 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.q = static_cast<const __nv_bfloat16*>(op.q.data), args.out = static_cast<__nv_bfloat16*>(op.out.data);
   args.q_token_stride = op.q.token_stride, args.q_head_stride = op.q.head_stride;
   args.out_token_stride = op.out.token_stride, args.out_head_stride = op.out.head_stride;
+  args.codes = {op.codes, op.scales, 0, op.scale_ld};
   args.starts = op.starts;
   args.kv_heads = static_cast<int32_t>(op.kv_heads), args.group = static_cast<int32_t>(op.heads / op.kv_heads);
   args.sequences = static_cast<int32_t>(op.sequences);
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.block = static_cast<int32_t>(op.block);
+  args.settled = op.settled;
+  args.whole = few_queries(op) && whole_sequences(op);
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);
   args.slots.top = args.slots.out + rows_of_slots(op) * op.dim;
   args.slots.sum = args.slots.top + rows_of_slots(op);
   args.slots.span = reinterpret_cast<int32_t*>(args.slots.sum + rows_of_slots(op));
-  if (op.page_dtype != DType::e4m3) return launch_rows(op, WidePages{{pages_map(op.k_pages, op), pages_map(op.v_pages, op)}}, args, stream);
+  if (op.page_dtype != DType::e4m3) {
+    const auto map = [&](const void* pages, int most) { return pages_map(pages, op, most); };
+    const WidePages pages{{map(op.k_pages, kRowsOfBox), map(op.v_pages, kRowsOfBox)},
+                          {map(op.k_pages, kFewKeys), map(op.v_pages, kFewKeys)}};
+    return launch_rows(op, pages, args, stream);
+  }
   const auto codes = [](const void* pages) { return static_cast<const uint8_t*>(pages); };
   launch_rows(op, CodePages{{codes(op.k_pages), codes(op.v_pages)}, {op.k_scales, op.v_scales}, args.kv_heads}, args, stream);
 }

@@ -12,15 +12,19 @@
 
 namespace eightfold::attention {
 
-// A lane's share of a tile: the keys that a page has of it, or `part` of their dimension.
+// Of the last tile of a sequence no more is asked for than these keys beyond its end: every page has a multiple of so many.
+constexpr int kFewKeys = 16;
+
+// A lane's share of a tile: `keys` of it that lie in one page, or `part` of their dimension.
 struct Share {
   int32_t head, page, place;  // place: of the first key in the page
-  int32_t begin, part;        // begin: of the first key in the tile
+  int32_t begin, keys, part;  // begin: of the first key in the tile; keys: of a whole page, or of the tile, or kFewKeys
+  uint64_t policy;            // of the L2 cache
 };
 
 struct WidePages {
   static constexpr bool kCodes = false;
-  CUtensorMap maps[2];  // of keys and values
+  CUtensorMap maps[2], few[2];  // of keys and values: boxes of whole shares, and of kFewKeys
 
   template <int kDim>
   struct Tile {
@@ -28,16 +32,19 @@ struct WidePages {
   };
 
   __device__ __forceinline__ void prefetch() const {
-    tma_prefetch_map(&maps[0]);
-    tma_prefetch_map(&maps[1]);
+#pragma unroll
+    for (int which = 0; which < 2; ++which) {
+      tma_prefetch_map(&maps[which]);
+      tma_prefetch_map(&few[which]);
+    }
   }
-  // Of the tile's keys, of which `kept` exist, those that come. The maps give zeros for pages that there are not.
-  __device__ __forceinline__ int32_t coming(const PagedKeys&, int32_t) const { return kTile; }
 
+  // The maps give zeros for pages that there are not.
   template <int kDim>
   __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys&, const Share& share) const {
-    tma_load_4d(to + share.part * Shape<kDim>::kBlockBytes + share.begin * 128, &maps[which], barrier, 64 * share.part, share.place,
-                share.head, share.page);
+    const CUtensorMap* map = share.keys == kFewKeys ? &few[which] : &maps[which];
+    tma_load_4d_policy(to + share.part * Shape<kDim>::kBlockBytes + share.begin * 128, map, barrier, 64 * share.part, share.place,
+                       share.head, share.page, share.policy);
   }
 };
 
@@ -54,17 +61,13 @@ struct CodePages {
   };
 
   __device__ __forceinline__ void prefetch() const {}
-  __device__ __forceinline__ int32_t coming(const PagedKeys& keys, int32_t kept) const {
-    const int32_t size = min(keys.page_size, kTile);
-    return min((kept + size - 1) / size * size, kTile);
-  }
 
   template <int kDim>
   __device__ __forceinline__ void load(int which, uint32_t to, uint32_t barrier, const PagedKeys& keys, const Share& share) const {
-    const int32_t size = min(keys.page_size, kTile), page = min(share.page, keys.page_count - 1);
+    const int32_t page = min(share.page, keys.page_count - 1);
     const int64_t key = (static_cast<int64_t>(page) * kv_heads + share.head) * keys.page_size + share.place;
-    bulk_load(to + share.begin * kDim, codes[which] + key * kDim, size * kDim, barrier);
-    bulk_load(to + kTile * kDim + share.begin * 4, scales[which] + key, size * 4, barrier);
+    bulk_load_policy(to + share.begin * kDim, codes[which] + key * kDim, share.keys * kDim, barrier, share.policy);
+    bulk_load_policy(to + kTile * kDim + share.begin * 4, scales[which] + key, share.keys * 4, barrier, share.policy);
   }
 };
 

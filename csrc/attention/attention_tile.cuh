@@ -53,7 +53,7 @@ __device__ __forceinline__ void place_queries(uint32_t shared, int meeting, cons
   for (int32_t i = in_register(threadIdx.x); i < kRows * kPieces; i += 128) {  // addresses are not kept from one use to the next
     const int32_t row = i / kPieces, piece = i % kPieces;
     uint4 v = make_uint4(0, 0, 0, 0);
-    if (const __nv_bfloat16* at = from(row)) v = *reinterpret_cast<const uint4*>(at + 8 * piece);
+    if (const __nv_bfloat16* at = from(row)) v = __ldcg(reinterpret_cast<const uint4*>(at + 8 * piece));  // core/dependent_launch.cuh
     store_shared(shared + piece / 8 * (kRows * 128) + row * 128 + (piece % 8 ^ row % 8) * 16, v);
   }
   async_fence();
@@ -165,18 +165,23 @@ __device__ __forceinline__ void fold_chunk(Rows<kDim>& all, const Rows<kDim>& ch
   }
 }
 
+// Of the lane's row h, times `factor` and rounded, the eight elements from 8 * (i + lane % 4) on; i is a multiple of 4.
+template <int kDim>
+__device__ __forceinline__ void octet_of_row(uint32_t (&words)[4], const float (&out)[kDim / 2], int h, float factor, int i) {
+#pragma unroll
+  for (int j = 0; j < 4; ++j)
+    words[j] = pack_bf16(__fmul_rn(out[4 * (i + j) + 2 * h], factor), __fmul_rn(out[4 * (i + j) + 2 * h + 1], factor));
+  transpose_quad(words, threadIdx.x % 4);
+}
+
 // The lane's row h times `factor`; `exists` may differ between rows.
 template <int kDim>
 __device__ __forceinline__ void store_row(__nv_bfloat16* to, const float (&out)[kDim / 2], float factor, int h, bool exists) {
-  const uint32_t lane = threadIdx.x % 32;
 #pragma unroll
   for (int i = 0; i < kDim / 8; i += 4) {
     uint32_t words[4];
-#pragma unroll
-    for (int j = 0; j < 4; ++j)
-      words[j] = pack_bf16(__fmul_rn(out[4 * (i + j) + 2 * h], factor), __fmul_rn(out[4 * (i + j) + 2 * h + 1], factor));
-    transpose_quad(words, lane % 4);
-    if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (lane % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
+    octet_of_row<kDim>(words, out, h, factor, i);
+    if (exists) *reinterpret_cast<uint4*>(to + 8 * i + 8 * (threadIdx.x % 4)) = make_uint4(words[0], words[1], words[2], words[3]);
   }
 }
 // The same, divided by its sum.

@@ -7,20 +7,21 @@
 //   slot   of rows that wait: a part's, (sequence * most_chunks + chunk) * kv_heads + KV head, where the first span's fold lies in the
 //          place of its last chunk; after those one of each block, for what it has folded so far
 //
-// Where queries fill several units there are units enough, and each has the whole span: there are no parts.
+// Where there are units enough, of many queries or of many sequences that are not long, each has the whole span: there are no parts.
 #pragma once
 
 #include <cuda_bf16.h>
 
 #include "attention/attention_keys.cuh"
 #include "attention/attention_tile.cuh"
+#include "quant/cast.h"
 
 namespace eightfold::attention {
 
 struct Slots {
   float *out, *top, *sum;  // [slot, row, dim], [slot, row]
   int32_t* span;           // chunks of a span; 0 where no sequence has more
-  int32_t parts, rows;     // slots of parts; rows of a slot
+  int32_t parts, rows;     // slots of parts, 0 where units have whole sequences; rows of a slot
 };
 
 struct PagedArgs {
@@ -28,10 +29,13 @@ struct PagedArgs {
   Slots slots;
   const __nv_bfloat16* q;
   __nv_bfloat16* out;
+  quant::Quantized codes;  // without code_ld; codes null where `out` is wanted
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;
   const int32_t* starts;
   int32_t kv_heads, group, sequences, most_rows, most_chunks;  // rows: queries times the heads of a group
   int32_t block;                                               // of the mask
+  int32_t settled;                                             // as of PagedAttention
+  int32_t whole;                                               // a unit is a sequence and a KV head
   float factor;
 };
 
@@ -52,15 +56,21 @@ struct Sequence {
   __device__ __forceinline__ int32_t units(const PagedArgs& args, int32_t span) const { return (chunks + span - 1) / span * blocks(args); }
 };
 
-// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums.
+// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums. Where units are
+// whole sequences nothing need be counted: run is 0, and a unit of a sequence that asks for nothing has no tiles.
 template <int kThreads>
 struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
   const int32_t* begins;
   int32_t run, span, units;
+  bool folds;  // whether a sequence has more chunks than a span
 
   // By all threads of a block.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
+    if (args.whole) {
+      run = 0, span = args.most_chunks, units = args.sequences * args.kv_heads, folds = false;
+      return;
+    }
     int32_t *chunk_sums = shared + kThreads + 1, *unit_sums = chunk_sums + kWarps;
     const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     run = (args.sequences + kThreads - 1) / kThreads;
@@ -73,7 +83,7 @@ struct Plan {
     chunks = 0;
     for (int w = 0; w < kWarps; ++w) chunks += chunk_sums[w];
     const int32_t blocks = gridDim.x;
-    span = args.most_rows > kRows ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
+    span = args.slots.parts == 0 ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
 
     int32_t own = 0, longest = 0;
     for (int32_t s = first; s < end; ++s) {
@@ -88,8 +98,7 @@ struct Plan {
       if (lane >= step) sum += before;
     }
     if (lane == 31) unit_sums[warp] = sum;
-    const bool folds = __syncthreads_or(longest > span);
-    if (blockIdx.x == 0 && thread == 0) *args.slots.span = folds ? span : 0;
+    folds = __syncthreads_or(longest > span);
     for (int w = 0; w < warp; ++w) sum += unit_sums[w];
     shared[thread] = sum - own;
     if (thread == kThreads - 1) shared[kThreads] = sum;
@@ -106,7 +115,21 @@ struct Unit {
   template <int kThreads>
   __device__ __forceinline__ Unit(const PagedArgs& args, const Plan<kThreads>& plan, int32_t index) {
     head = index % args.kv_heads;
-    int32_t at = index / args.kv_heads, low = 0, high = kThreads;  // begins[low] <= at < begins[high]
+    int32_t at = index / args.kv_heads;
+    const Sequence its = plan.run == 0 ? Sequence(args, sequence = at) : find(args, plan, at);
+    if (plan.run == 0) at = 0;
+    row = its.row, queries = its.queries, keys = queries > 0 ? its.keys : 0;
+    const int32_t blocks = max(its.blocks(args), 1);
+    first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
+    rows = min(queries * args.group - first, args.slots.rows);
+    seen = sees(args, kRows - 1);
+    chunks = Sequence::chunks_of(args, seen);
+    chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
+  }
+  // The sequence of unit `at` of a head, which becomes its number among the sequence's.
+  template <int kThreads>
+  __device__ __forceinline__ Sequence find(const PagedArgs& args, const Plan<kThreads>& plan, int32_t& at) {
+    int32_t low = 0, high = kThreads;  // begins[low] <= at < begins[high]
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;
       (plan.begins[middle] <= at ? low : high) = middle;
@@ -115,13 +138,7 @@ struct Unit {
     sequence = low * plan.run;
     Sequence its(args, sequence);
     for (int32_t units; (units = its.units(args, plan.span)) <= at; at -= units) its = Sequence(args, ++sequence);
-    row = its.row, queries = its.queries, keys = its.keys;
-    const int32_t blocks = its.blocks(args);
-    first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first
-    rows = min(queries * args.group - first, args.slots.rows);
-    seen = sees(args, kRows - 1);
-    chunks = Sequence::chunks_of(args, seen);
-    chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
+    return its;
   }
   // Keys that one of its rows sees.
   __device__ __forceinline__ int32_t sees(const PagedArgs& args, int32_t place) const {

@@ -1,6 +1,7 @@
 // What lies between the projection and attention over pages, in one pass: 16 lanes a row of a head, eight elements each, a row of q, k
 // or v. All of a row's loads are on their way at once; its sum of squares, the other half of each rotated pair and the scale of codes
-// come by shuffles. While decoding there are few rows, so the launch is most of it: blocks start while the kernel before still runs.
+// come by shuffles. While decoding there are few rows, so the launch is most of it: blocks start while the kernel before still runs, and
+// let the next start at once, which attention over settled keys begins with.
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
@@ -9,6 +10,7 @@
 #include "attention/paged_store.cuh"
 #include "core/dependent_launch.cuh"
 #include "core/launch.cuh"
+#include "core/tma_stream.cuh"
 #include "quant/row_cast.cuh"
 #include "quant/row_sum.cuh"
 #include "rotary/rotate.cuh"
@@ -51,7 +53,14 @@ __global__ void __launch_bounds__(kThreads) rope_cache_write_kernel(const RopeCa
   const int64_t from = token * rows.token_stride + head * rows.head_stride + 8 * lane;
   const int64_t table = static_cast<int64_t>(token) * 8 * half + 8 * (lane < half ? lane : lane - half);
 
-  wait_for_earlier_kernels();
+  if constexpr (kNorm) {  // once a step: hardly in the L2 cache still
+    const int64_t line = 128 * static_cast<int64_t>(threadIdx.x), bytes = store.dim * (op.weight_dtype == DType::bf16 ? 2 : 4);
+    if (line < bytes) {
+      prefetch_l2(static_cast<const char*>(op.q_weight) + line);
+      prefetch_l2(static_cast<const char*>(op.k_weight) + line);
+    }
+  }
+  begin_rows(op.store.tokens);
   const int64_t slot = token < store.tokens && !query ? __ldcg(store.slots + token) : -1;
   Octet<T> x = load_octet<true, true>(static_cast<const T*>(rows.data) + from, mine ? 8 : 0);
   const int turning = mine && !value ? 8 : 0;

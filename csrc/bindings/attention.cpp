@@ -2,6 +2,7 @@
 #include "attention/attention.h"
 
 #include "bindings/attention_checks.h"
+#include "bindings/casts.h"
 
 namespace eightfold::bindings {
 namespace {
@@ -118,13 +119,11 @@ void check_pages(const PagedAttention& args, const char* op) {
   }
 }
 
-Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
-                       const std::optional<Tensor>& v_scales, const Tensor& pages, const Tensor& starts, const Tensor& lengths,
-                       int64_t longest, double scale, bool causal, int64_t block) {
-  const char* op = "paged_attention";
+// Checked, with an `out` still to come.
+PagedAttention paged_of(const Tensor& q, const Pages& cache, const Tensor& pages, const Tensor& starts, const Tensor& lengths,
+                        int64_t longest, double scale, bool causal, int64_t block, bool settled, const char* op) {
   check_rows(q, op, "q");
   check_dtype(q, {ScalarType::BFloat16, ScalarType::Float}, op, "q");
-  const Pages cache{k_pages, v_pages, k_scales, v_scales};
   cache.check(q, op);
   check_heads(q, cache.kv_heads(), op, "k_pages");
   check_sm90(q, op, "q");
@@ -135,32 +134,79 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   args.pages = integers<int32_t>(pages, q, ScalarType::Int, {args.sequences, pages.size(1)}, op, "pages");
   args.most_pages = pages.size(1);
   args.lengths = integers<int32_t>(lengths, q, ScalarType::Int, {args.sequences}, op, "lengths");
-  args.k_pages = k_pages.data_ptr(), args.v_pages = v_pages.data_ptr();
-  args.k_scales = data_of(k_scales), args.v_scales = data_of(v_scales);
-  args.dtype = dtype_of(q, op, "q"), args.page_dtype = dtype_of(k_pages, op, "k_pages");
+  args.k_pages = cache.k.data_ptr(), args.v_pages = cache.v.data_ptr();
+  args.k_scales = data_of(cache.k_scales), args.v_scales = data_of(cache.v_scales);
+  args.dtype = dtype_of(q, op, "q"), args.page_dtype = dtype_of(cache.k, op, "k_pages");
   args.tokens = q.size(0), args.heads = q.size(1), args.kv_heads = cache.kv_heads(), args.dim = q.size(2);
   args.page_count = cache.count(), args.page_size = cache.page_size();
   EF_CHECK(scale > 0, op, ": scale must be more than 0, got ", scale);
   args.scale = static_cast<float>(scale);
   args.block = mask_of(causal, block, op);
-  Tensor out = empty(q.sizes(), q.scalar_type(), q);
-  args.q = rows_of(q), args.out = rows_of(out);
+  args.settled = settled;
+  args.q = rows_of(q);
+  if (!q.is_cuda()) {
+    check_pages(args, op);
+    return args;
+  }
+  const int64_t size = args.page_size;
+  EF_CHECK(size % 128 == 0 || 128 % size == 0, op, ": k_pages must have pages of 16, 32, 64 or a multiple of 128 keys on CUDA, got ", size);
+  EF_CHECK(args.tokens == 0 || (args.most_pages > 0 && args.page_count > 0), op, ": pages and k_pages must not be empty, got shapes ",
+           shape_of(pages), " and ", shape_of(cache.k));
+  return args;
+}
+
+void run_paged(const PagedAttention& args, const Tensor& q) {
 #ifdef EIGHTFOLD_WITH_CUDA
   if (q.is_cuda()) {
-    const int64_t size = args.page_size;
-    EF_CHECK(size % 128 == 0 || 128 % size == 0, op, ": k_pages must have pages of 16, 32, 64 or a multiple of 128 keys on CUDA, got ",
-             size);
-    EF_CHECK(args.tokens == 0 || (args.most_pages > 0 && args.page_count > 0), op, ": pages and k_pages must not be empty, got shapes ",
-             shape_of(pages), " and ", shape_of(k_pages));
     OnDeviceOf device(q);
     const Tensor workspace = empty({paged_attention_workspace_sm90(args)}, ScalarType::Byte, q);
     paged_attention_sm90(args, workspace.data_ptr(), current_stream(q));
-    return out;
+    return;
   }
 #endif
-  check_pages(args, op);
   paged_attention_cpu(args);
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages, const std::optional<Tensor>& k_scales,
+                       const std::optional<Tensor>& v_scales, const Tensor& pages, const Tensor& starts, const Tensor& lengths,
+                       int64_t longest, double scale, bool causal, int64_t block, bool settled) {
+  const Pages cache{k_pages, v_pages, k_scales, v_scales};
+  PagedAttention args = paged_of(q, cache, pages, starts, lengths, longest, scale, causal, block, settled, "paged_attention");
+  Tensor out = empty(q.sizes(), q.scalar_type(), q);
+  args.out = rows_of(out);
+  run_paged(args, q);
   return out;
+}
+
+std::tuple<Tensor, Tensor> paged_attention_quantize(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
+                                                    const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                                                    const Tensor& pages, const Tensor& starts, const Tensor& lengths, int64_t longest,
+                                                    double scale, bool causal, int64_t block, bool settled) {
+  const char* op = "paged_attention_quantize";
+  const Pages cache{k_pages, v_pages, k_scales, v_scales};
+  PagedAttention args = paged_of(q, cache, pages, starts, lengths, longest, scale, causal, block, settled, op);
+  EF_CHECK(args.dim == kGroup, op, ": q must have a last dimension of ", kGroup, ", a group of codes, got shape ", shape_of(q));
+  RowCast rows = empty_row_cast(args.tokens, args.heads * args.dim, q);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (q.is_cuda() && paged_attention_gives_codes_sm90(args)) {
+    args.codes = rows.view.codes, args.scales = rows.view.scales, args.scale_ld = rows.view.scale_ld;
+    run_paged(args, q);
+    return {std::move(rows.codes), std::move(rows.scales)};
+  }
+#endif
+  Tensor out = empty(q.sizes(), q.scalar_type(), q);
+  args.out = rows_of(out);
+  run_paged(args, q);
+  const quant::Input wide{out.data_ptr(), args.dtype, args.tokens, args.heads * args.dim, args.heads * args.dim};
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (q.is_cuda()) {
+    OnDeviceOf device(q);
+    quant::quantize_sm90(wide, quant::Group::row128, rows.view, false, current_stream(q));
+    return {std::move(rows.codes), std::move(rows.scales)};
+  }
+#endif
+  quant::quantize_cpu(wide, quant::Group::row128, rows.view, false);
+  return {std::move(rows.codes), std::move(rows.scales)};
 }
 
 // Rows to store in pages. Slots are read on the CPU alone.
@@ -270,6 +316,7 @@ void register_all(Library& m) {
   m.impl("attention", EF_BOX(&attention));
   m.impl("attention_backward", EF_BOX(&attention_backward));
   m.impl("paged_attention", EF_BOX(&paged_attention));
+  m.impl("paged_attention_quantize", EF_BOX(&paged_attention_quantize));
   m.impl("paged_store_", EF_BOX(&paged_store_));
   m.impl("rope_cache_write", EF_BOX(&rope_cache_write));
   m.impl("kv_round", EF_BOX(&kv_round));

@@ -155,13 +155,15 @@ void fp8_gemm_accumulate_(const Tensor& out, const Tensor& a, const Tensor& a_sc
                           int64_t b_group_rows) {
   const char* op = "fp8_gemm_accumulate_";
   Fp8GemmArgs args = fp8_gemm_operands(a, a_scales, b, b_scales, b_group_rows, op);
-  check_dtype(out, {ScalarType::Float}, op, "out");
+  check_dtype(out, {ScalarType::Float, ScalarType::BFloat16}, op, "out");
+  EF_CHECK(out.scalar_type() == ScalarType::Float || b_group_rows == 1, op, ": out must be float32 with b_group_rows ", b_group_rows,
+           ", got ", name_of(out.scalar_type()));
   check_shape(out, {args.m, args.n}, op, "out");
   check_contiguous(out, op, "out");
   check_aligned(out, 16, op, "out");
   check_same_device(out, a, op, "out");
   args.out = out.data_ptr();
-  args.out_type = DType::f32;
+  args.out_type = dtype_of(out, op, "out");
   args.ldo = args.n;
   args.accumulate = true;
   launch(args, a);

@@ -53,7 +53,11 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "bool causal=True, int block=1) -> (Tensor dq, Tensor dk, Tensor dv)");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor pages, Tensor starts, "
-      "Tensor lengths, int longest, float scale, bool causal=True, int block=1) -> Tensor");
+      "Tensor lengths, int longest, float scale, bool causal=True, int block=1, bool settled=False) -> Tensor");
+  m.def(
+      "paged_attention_quantize(Tensor q, Tensor k_pages, Tensor v_pages, Tensor? k_scales, Tensor? v_scales, Tensor pages, Tensor "
+      "starts, Tensor lengths, int longest, float scale, bool causal=True, int block=1, bool settled=False) -> (Tensor codes, Tensor "
+      "scales)");
   m.def(
       "paged_store_(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor "
       "slots) -> ()");

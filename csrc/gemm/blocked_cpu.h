@@ -191,7 +191,7 @@ struct BlockedGemm {
     for (int r = 0; r < rows; ++r, c += kNr, out += ld)
       for (int j = 0; j < columns; ++j) {
         if constexpr (sizeof(Out) == 2) {
-          out[j] = float_to_bf16(c[j] + bias[j]);
+          out[j] = float_to_bf16(kAccumulate ? bf16_to_float(out[j]) + c[j] : c[j] + bias[j]);
         } else {
           out[j] = kAccumulate ? out[j] + c[j] : c[j] + bias[j];
         }
@@ -217,9 +217,12 @@ struct BlockedGemm {
   static void finish(const Args& args, const float* c, const float* bias, int64_t row, int rows, int64_t panel) {
     int64_t column = panel * kNr, at = row * args.ldo + column;
     int columns = static_cast<int>(smaller(kNr, args.n - column));
-    float* out = static_cast<float*>(args.out) + at;
-    if (args.out_type == DType::bf16) return write_panel<false>(static_cast<uint16_t*>(args.out) + at, args.ldo, c, bias, rows, columns);
-    args.accumulate ? write_panel<true>(out, args.ldo, c, bias, rows, columns) : write_panel<false>(out, args.ldo, c, bias, rows, columns);
+    const auto write = [&](auto* out) {
+      args.accumulate ? write_panel<true>(out, args.ldo, c, bias, rows, columns)
+                      : write_panel<false>(out, args.ldo, c, bias, rows, columns);
+    };
+    if (args.out_type == DType::bf16) return write(static_cast<uint16_t*>(args.out) + at);
+    write(static_cast<float*>(args.out) + at);
   }
 
   // --- blocking ---

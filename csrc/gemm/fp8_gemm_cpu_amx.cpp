@@ -226,7 +226,7 @@ void multiply(const Panel* a, const Panel* b, int64_t depth, bool first, Sums* s
 }
 
 EF_HD void write_sum(float* out, float sum, bool accumulate) { *out = accumulate ? *out + sum : sum; }
-EF_HD void write_sum(uint16_t* out, float sum, bool) { *out = float_to_bf16(sum); }
+EF_HD void write_sum(uint16_t* out, float sum, bool accumulate) { *out = float_to_bf16(accumulate ? bf16_to_float(*out) + sum : sum); }
 
 template <class Out>
 void write_sums(const Sums& sums, const float* bias, int64_t rows, int64_t columns, bool accumulate, Out* out, int64_t ldo) {
@@ -249,7 +249,7 @@ void finish(const Fp8GemmArgs& args, const Sums& sums, int64_t row_panel, int64_
     for (int j = 0; j < columns; ++j) bias[j] = bf16_to_float(static_cast<const uint16_t*>(args.bias)[column + j]);
   int64_t at = row * args.ldo + column;
   if (args.out_type == DType::bf16) {
-    write_sums(sums, bias, rows, columns, false, static_cast<uint16_t*>(args.out) + at, args.ldo);
+    write_sums(sums, bias, rows, columns, args.accumulate, static_cast<uint16_t*>(args.out) + at, args.ldo);
   } else {
     write_sums(sums, bias, rows, columns, args.accumulate, static_cast<float*>(args.out) + at, args.ldo);
   }

@@ -19,8 +19,8 @@ struct GemmOutput {
   int64_t ld;        // elements
   int32_t m, n;
   DType type, bias_type;
-  bool accumulate;  // f32 only
-  bool wide;        // addresses and n allow whole vectors of 16 bytes
+  bool accumulate;
+  bool wide;  // addresses and n allow whole vectors of 16 bytes
 };
 
 inline GemmOutput gemm_output(const Fp8GemmArgs& args) {
@@ -43,11 +43,12 @@ inline GemmOutput gemm_output(const Fp8GemmArgs& args) {
 enum class OutputKind {
   any,
   bf16_vectors,
-  f32_sums,  // accumulates in whole vectors; then there is no bias
+  f32_sums,   // accumulates in whole vectors; then there is no bias
+  bf16_sums,  // likewise
 };
 
 inline OutputKind output_kind(const GemmOutput& o) {
-  if (o.wide && o.type == DType::bf16) return OutputKind::bf16_vectors;
+  if (o.wide && o.type == DType::bf16) return o.accumulate ? OutputKind::bf16_sums : OutputKind::bf16_vectors;
   return o.wide && o.accumulate ? OutputKind::f32_sums : OutputKind::any;
 }
 
@@ -68,6 +69,24 @@ __device__ __forceinline__ void add_tile_bias(const GemmOutput& o, float (&acc)[
       const float value = bias_at(o, column + 8 * i + 2 * static_cast<int32_t>(lane % 4) + c);
       acc[4 * i + c] += value;
       acc[4 * i + 2 + c] += value;
+    }
+  }
+}
+
+// Adds what a bf16 output holds already to the results of store_tile's rows, so that one rounding is of both.
+template <int kCount>
+__device__ __forceinline__ void add_tile_bf16(const GemmOutput& o, float (&acc)[kCount], int64_t row, int64_t column, uint32_t lane) {
+  const __nv_bfloat16* out = static_cast<const __nv_bfloat16*>(o.out);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int64_t r = row + 8 * half;
+#pragma unroll
+    for (int i = 0; i < kCount / 4; ++i) {
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int64_t at = column + 8 * i + 2 * (lane % 4) + c;
+        if (r < o.m && at < o.n) acc[4 * i + 2 * half + c] += __bfloat162float(out[r * o.ld + at]);
+      }
     }
   }
 }
@@ -221,6 +240,40 @@ __device__ __forceinline__ void store_octets(const GemmOutput& o, float (&acc)[k
         store_floats<kKind>(o, octet, staging, row + half, kStride, column + 32 * i, lane);
       }
     }
+  }
+}
+
+// store_octets where results are added to bf16, rounded once. What is there already comes by way of the warp's own kBytes of shared memory,
+// so that all of that much is under way at once: registers are short beside the products of the tensor cores. (For the same reason no lane
+// leaves early: accumulators that cross such a branch spill.)
+template <int kStride, int kBytes, int kCount>
+__device__ __forceinline__ void add_octets(const GemmOutput& o, const float (&acc)[kCount], uint32_t staging, int32_t row, int32_t column,
+                                           uint32_t lane) {
+  constexpr int kOctets = kCount / 16, kSlot = 32 * 16, kSlots = kBytes / kSlot;
+  const int32_t own_row = row + kStride * static_cast<int32_t>(lane / 4), own = column + 8 * static_cast<int32_t>(lane % 4);
+  uint16_t* first = static_cast<uint16_t*>(o.out) + own_row * o.ld + own;
+  const uint32_t slot = staging + lane * 16;
+  // Octet i of the lane's: the upper row's, then the lower's.
+  const auto there = [&](int i) { return own_row + i / kOctets < o.m && own + i % kOctets * 32 < o.n; };
+  const auto at = [&](int i) { return first + i / kOctets * o.ld + i % kOctets * 32; };
+  const auto fetch = [&](int i) {
+    if (there(i)) copy_async<16>(slot + i % kSlots * kSlot, at(i));
+  };
+#pragma unroll
+  for (int i = 0; i < kSlots; ++i) fetch(i);
+#pragma unroll
+  for (int i = 0; i < 2 * kOctets; ++i) {
+    if (i % kSlots == 0) wait_for_copies();
+    if (there(i)) {
+      const uint4 old = load_shared(slot + i % kSlots * kSlot);
+      const float* octet = acc + i % kOctets * 16 + i / kOctets * 2;
+      const auto sum = [&](uint32_t word, const float* x) {
+        return pack_bf16(__uint_as_float(word << 16) + x[0], __uint_as_float(word & 0xFFFF0000u) + x[1]);
+      };
+      __stcs(reinterpret_cast<uint4*>(at(i)),
+             make_uint4(sum(old.x, octet), sum(old.y, octet + 4), sum(old.z, octet + 8), sum(old.w, octet + 12)));
+    }
+    if (i + kSlots < 2 * kOctets) fetch(i + kSlots);
   }
 }
 

@@ -29,7 +29,8 @@ struct Config {
   static constexpr int kABytes = kTileM * kStepK, kBBytes = kTileN * kStepK;
   static constexpr int kAScaleBytes = kTileM * 4, kBScaleBytes = kColumnScales ? kTileN * 4 : 16;
   static constexpr int kCopiedBytes = kABytes + kBBytes + kAScaleBytes + (kColumnScales ? kBScaleBytes : 0);  // of a stage
-  static constexpr int kWarpStaging = 1024;  // in which a warp turns finished sums into rows
+  // In which a warp turns finished sums into rows (1 KB), or has what they are added to come; the stages leave room for as much.
+  static constexpr int kWarpStaging = kColumnScales ? 2048 : 1024;
   static constexpr int kStaging = 4 * kMathGroups * kWarpStaging;
   static constexpr int kTileBytes = 8;  // which tile a stage is of
   static constexpr int kStages = (kSharedBytes - kStaging) / (kABytes + kBBytes + kAScaleBytes + kBScaleBytes + kTileBytes + 2 * 8);

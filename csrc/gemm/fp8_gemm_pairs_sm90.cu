@@ -23,6 +23,7 @@
 #include "core/device.h"
 #include "core/memory.cuh"
 #include "core/tma.cuh"
+#include "core/tma_stream.cuh"
 #include "core/wgmma.cuh"
 #include "gemm/fp8_gemm_epilogue.cuh"
 #include "gemm/fp8_gemm_launch.h"
@@ -239,11 +240,28 @@ struct Math {
     }
   }
 
+  // Where results are added to bf16: asks the L2 cache for what the warp's rows of a tile hold, so that finish() waits little.
+  __device__ __forceinline__ void prefetch_sums(int2 tile) const {
+    if constexpr (kKind == OutputKind::bf16_sums) {
+      constexpr int kLine = 64, kRows = C::kGroupRows / 4, kLines = C::kTileN / kLine;  // a cache line's columns; the warp's rows
+      const int32_t row = tile.x * C::kTileM + (group * 4 + threadIdx.x / 32 % 4) * kRows;
+#pragma unroll
+      for (uint32_t i = lane; i < kRows * kLines; i += 32) {
+        const int32_t r = row + i / kLines, c = tile.y * C::kTileN + i % kLines * kLine;
+        if (r < args.output.m && c < args.output.n) prefetch_l2(static_cast<const uint16_t*>(args.output.out) + r * args.output.ld + c);
+      }
+    }
+  }
+
   // Writes a finished block of 64 rows and clears it.
   __device__ __forceinline__ void finish(Tile& acc, int2 tile, int block) const {
     const uint32_t warp = warp_uniform(threadIdx.x / 32);
     const int32_t row = tile.x * C::kTileM + (group * 4 + warp % 4) * (C::kGroupRows / 4) + 2 * block;
-    store_octets<kKind, 2 * C::kBlocks>(args.output, acc, shared + C::kOut + warp * C::kWarpStaging, row, tile.y * C::kTileN, lane);
+    const uint32_t staging = shared + C::kOut + warp * C::kWarpStaging;
+    if constexpr (kKind == OutputKind::bf16_sums)
+      add_octets<2 * C::kBlocks, C::kWarpStaging>(args.output, acc, staging, row, tile.y * C::kTileN, lane);
+    else
+      store_octets<kKind, 2 * C::kBlocks>(args.output, acc, staging, row, tile.y * C::kTileN, lane);
 #pragma unroll
     for (int i = 0; i < C::kTileN / 2; ++i) acc[i] = 0.0f;
   }
@@ -307,6 +325,7 @@ struct Math {
             [&](int block, uint32_t stage) __attribute__((always_inline)) {
               constexpr int kLast = C::kBlocks - 1;
               if (block == 0 && first && unwritten) finish(acc[kLast], finished, kLast);
+              if (block == 0 && first) prefetch_sums(tiles[stage]);
               if (block == kLast && last) finished = tiles[stage];
               if (block == 1 && last) finish(acc[0], finished, 0);
             },
@@ -348,6 +367,7 @@ struct Math {
       ColumnScales scales = read_column_scales(at.stage);
       pin_registers(partial);
       const int2 tile = tiles[at.stage];
+      if (step == 0) prefetch_sums(tile);
       if (!C::kColumnScales) release(at.stage);
       promote<0, C::kTileN / 8>(acc, partial, rows.of[0], scales, at.stage);
       if (C::kColumnScales) release(at.stage);
@@ -443,12 +463,13 @@ void launch(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaSt
 
 template <class C>
 void launch_kind(const Fp8GemmArgs& args, const Fp8GemmPlan& plan, int device, cudaStream_t stream) {
-  constexpr OutputKind kSums = C::kColumnScales ? OutputKind::f32_sums : OutputKind::any;  // of weight gradients
-  switch (output_kind(gemm_output(args))) {
-    case OutputKind::bf16_vectors: return launch<C, OutputKind::bf16_vectors>(args, plan, device, stream);
-    case OutputKind::f32_sums: return launch<C, kSums>(args, plan, device, stream);
-    case OutputKind::any: return launch<C, OutputKind::any>(args, plan, device, stream);
+  const OutputKind kind = output_kind(gemm_output(args));
+  if constexpr (C::kColumnScales) {  // of weight gradients
+    if (kind == OutputKind::f32_sums) return launch<C, OutputKind::f32_sums>(args, plan, device, stream);
+    if (kind == OutputKind::bf16_sums) return launch<C, OutputKind::bf16_sums>(args, plan, device, stream);
   }
+  if (kind == OutputKind::bf16_vectors) return launch<C, OutputKind::bf16_vectors>(args, plan, device, stream);
+  launch<C, OutputKind::any>(args, plan, device, stream);
 }
 
 // Two math warpgroups with 128 rows each, with 64, or with 64 and two products under way.

@@ -173,6 +173,9 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const uint8_t* 
       promote<C>(acc, partial, scales, b_scale);
     }
 
+    if constexpr (C::kColumnScales) {
+      if (args.output.accumulate && args.output.type == DType::bf16) add_tile_bf16(args.output, acc, row + lane_row, column, lane);
+    }
     store_tile(args.output, acc, row + lane_row, column, lane);
     __syncwarp();  // the next tile's matrix instructions want whole warps
   }

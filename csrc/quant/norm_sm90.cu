@@ -6,6 +6,7 @@
 
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
+#include "core/tma_stream.cuh"
 #include "quant/norm.h"
 #include "quant/norm_short.h"
 #include "quant/norm_training.h"
@@ -28,11 +29,25 @@ constexpr int least_blocks(int quads, bool residual, bool codes_only) {
   return 65536 / (most_threads(quads) * (codes_only ? registers : 128));
 }
 
+__device__ __forceinline__ void prefetch_bytes(const void* from, int64_t bytes) {
+  for (int64_t at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_l2(static_cast<const char*>(from) + at);
+}
+
+// What the kernels ahead do not make, for the block's rows from `first` on: the weight, read once a step of decoding, and the residual,
+// since which a whole layer's keys and values may have gone through the L2 cache.
+template <class T, bool kResidual>
+__device__ __forceinline__ void ask_ahead(const RmsNorm& op, int64_t first, int64_t rows) {
+  prefetch_bytes(op.weight, op.cols * (op.weight_dtype == DType::bf16 ? 2 : 4));
+  if (kResidual) prefetch_bytes(static_cast<const T*>(op.residual) + first * op.cols, min(rows, op.rows - first) * op.cols * sizeof(T));
+}
+
 // kCodesOnly: of what a row may give, y's codes alone are wanted. Warp w of `warps` has quads w, w + warps, ... of its row.
 template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
 __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, kResidual, kCodesOnly))
     norm_rows_kernel(const RmsNorm op, int warps) {
   __shared__ float quad_sums[kMaxQuads];
+  const int together = warps == 1 ? kRowsTogether : 1;
+  if (op.rows <= kFewRows) ask_ahead<T, kResidual>(op, static_cast<int64_t>(blockIdx.x) * together, together);
   begin_rows(op.rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = warps == 1 ? 0 : warp;
   const int64_t row = warps == 1 ? static_cast<int64_t>(blockIdx.x) * kRowsTogether + warp : blockIdx.x;

@@ -8,8 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from dc_ae_models import CONFIGS, SMALL, random_model, random_peer
 from eightfold.models import DCAEConfig, load_dc_ae, save_dc_ae
-from eightfold.models.dc_ae_loading import WEIGHTS, build_dc_ae
+from eightfold.models.dc_ae_loading import build_dc_ae
 from eightfold.models.dc_ae_names import efficientvit_name
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture(params=CONFIGS)
@@ -43,7 +45,7 @@ def test_efficientvit_names(config, tmp_path):
     save_dc_ae(model, tmp_path / "m", names="efficientvit")
     stored = load_file(tmp_path / "m" / "model.safetensors")
     assert stored["encoder.stages.2.op_list.0.context_module.main.proj.conv.weight"].shape[2:] == (1, 1)
-    again = load_dc_ae(tmp_path / "m" / "model.safetensors", config)
+    again = load_dc_ae(tmp_path / "m" / "model.safetensors", config=config)
     assert all(torch.equal(again.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
     save_dc_ae(load_dc_ae(tmp_path / "m"), tmp_path / "again", names="efficientvit")
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
@@ -70,6 +72,17 @@ def test_shards_and_dtypes(tmp_path):
     kept = load_dc_ae(tmp_path / "narrow")
     assert all(torch.equal(a, b) for a, b in zip(kept.parameters(), model.parameters(), strict=True))
     assert load_dc_ae(tmp_path / "narrow", dtype=torch.float32).encoder.conv_out.weight.dtype == torch.float32
+
+
+def test_variant(tmp_path):
+    peer = random_peer(SMALL)
+    peer.bfloat16().save_pretrained(tmp_path, variant="bf16")
+    model = load_dc_ae(tmp_path, variant="bf16")
+    assert torch.equal(model.decoder.conv_in.weight, peer.decoder.conv_in.weight)
+    with pytest.raises(FileNotFoundError, match=r"neither diffusion_pytorch_model.fp16.safetensors nor"):
+        load_dc_ae(tmp_path, variant="fp16")
+    with pytest.raises(ValueError, match="variant: expected None for a file, got 'bf16' with"):
+        load_dc_ae(tmp_path / "diffusion_pytorch_model.bf16.safetensors", variant="bf16")
 
 
 def test_float16_is_refused(tmp_path):

@@ -10,10 +10,14 @@ LENGTHS = [5, 150, 17, 1, 64]
 PAGE = 16
 
 
-@pytest.fixture(params=["llama", "qwen2", "qwen3"])
+MODELS = [("llama", 64), ("qwen2", 64), ("qwen3", 64)]  # with the size of a head
+
+
+@pytest.fixture(params=MODELS, ids=str)
 def model(request, device):
     torch.manual_seed(2)
-    config = DecoderConfig(request.param, 320, 192, 384, 2, 3, 1, 64, initializer_range=0.2)
+    kind, head_dim = request.param
+    config = DecoderConfig(kind, 320, 192, 384, 2, 3, 1, head_dim, initializer_range=0.2)
     return Decoder(config, precision="fp8").to(device)
 
 
@@ -23,6 +27,7 @@ def packed(model):
     return torch.randint(0, 320, (sum(LENGTHS),), device=model.device), starts
 
 
+@pytest.mark.parametrize("model", [*MODELS, ("qwen3", 128)], ids=str, indirect=True)  # of 128: codes from attention
 def test_over_pages_in_pieces_of_any_size(model, packed):
     ids, starts = packed
     expected = model.packed_hidden(ids, starts, max(LENGTHS))

@@ -63,6 +63,36 @@ def test_one_token_at_a_time(page_size, dtype, device):
     assert torch.equal(in_pieces(q, k, v, LENGTHS, [1] * 700, page_size), whole)
 
 
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("shape", [(7, 1, 64), (6, 2, 128)], ids=str)
+def test_newest_row_of_a_settled_cache(shape, codes, device):
+    """A token at a time, its row made by the kernel right ahead, while all before it may be read meanwhile."""
+    lengths, tokens = [300, 1100, 513, 127], 24
+    q, k, v, starts = packed(lengths, *shape, torch.bfloat16, device)
+    cache = Cache(lengths, *shape[1:], torch.bfloat16, device, 64, codes)
+    cache.store(k, v, starts)
+    whole = attention(q, *(cache.values(lengths) if codes else (k, v)), starts=starts)
+    held = cache.tensors
+    for t in held:
+        if t is not None:
+            t.copy_(torch.full(t.shape, torch.nan))
+    kept = [torch.arange(a, b - tokens) for a, b in zip(starts.tolist(), starts.tolist()[1:])]
+    index = torch.cat(kept).to(device)
+    slots = torch.cat([cache.slots(s, 0, n - tokens) for s, n in enumerate(lengths)])
+    ops.paged_store_(k[index], v[index], *held, slots)
+    ends = torch.tensor(lengths, device=device)
+    turn = [torch.full((sum(lengths), shape[2] // 2), value, device=device) for value in (1.0, 0.0)]
+    begins = starts_of([1] * len(lengths), device)
+    for left in range(tokens, 0, -1):
+        newest = (starts[1:] - left).long()
+        sizes = (ends - left + 1).int()
+        slots = torch.stack([cache.slots(s, n - left, n - left + 1)[0] for s, n in enumerate(lengths)])
+        rows = [x[newest] for x in (q, k, v, *turn)]
+        turned = ops.rope_cache_write(*rows, *held, slots, None, None, 0.0)
+        out = cache.attend(turned, begins, sizes, 1, settled=True)
+        assert torch.equal(out, whole[newest]), f"{left} tokens from the end"
+
+
 def last_rows_alone_and_together(lengths, heads, kv_heads, dim, most, device, codes=False):
     """The last rows of sequences, all at once and one after the other, and as the whole sequences give them."""
     q, k, v, starts = packed(lengths, heads, kv_heads, dim, torch.bfloat16, device)
@@ -97,6 +127,15 @@ def test_many_sequences(device):
     lengths = [1 + i * 7 % 45 for i in range(1100)]
     lengths[500], lengths[1099] = 3000 if device.type == "cuda" else 600, 700
     last_rows_alone_and_together(lengths, 4, 2, 64, 1, device)
+
+
+@pytest.mark.parametrize("codes", [False, True])
+def test_many_short_sequences(codes, device):
+    """Of four chunks at most, as many as the decoding kernel has blocks and more: a block has a whole one, or two."""
+    count = 300 if device.type == "cuda" else 20
+    for most, tokens in ((1900, count // 2), (1000, count)):
+        lengths = [1 + i * 97 % most for i in range(tokens - 1)] + [most]
+        last_rows_alone_and_together(lengths, 4, 2, 64, 1, device, codes)
 
 
 def test_codes_in_pieces(device):

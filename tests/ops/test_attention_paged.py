@@ -62,6 +62,34 @@ def test_codes_are_their_values(shape, page_size, dtype, device):
         assert torch.equal(wide.attend(rows, begins, lengths, most), want), f"wide pages, {most} rows of a sequence"
 
 
+@pytest.mark.parametrize("codes", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(7, 1, 128), (8, 2, 128), (10, 1, 128)], ids=str)
+def test_quantized_result(shape, dtype, codes, device):
+    """The bytes of the result's cast, also of rows that are zeros or hold a NaN or an Inf; folded by one block, by the
+    second kernel, or (many rows of one sequence) cast apart."""
+    skip_what_cuda_lacks(device, dtype, 128)
+    lengths = [*LENGTHS, 1537, 2100]
+    q, k, v, starts = packed(lengths, *shape, dtype, device)
+    q[-1, 0], q[-5, shape[0] - 1] = torch.nan, 200.0
+    v[0] = 0.0
+    v[-1, 0, 3] = 3e38  # beside the values of other keys an Inf, once it is rounded to bfloat16 or E4M3
+    cache = Cache(lengths, *shape[1:], dtype, device, codes=codes)
+    cache.store(k, v, starts)
+    sizes = torch.tensor(lengths, dtype=torch.int32, device=device)
+    for most in (1, 3, 40, 700):
+        rows, begins = last_rows(q, starts, lengths, most)
+        wide = cache.attend(rows, begins, lengths, most).flatten(1)
+        options = cache.pages, begins, sizes, most, 128**-0.5
+        made = ops.paged_attention_quantize(rows, *cache.tensors, *options)
+        assert_same(tuple(made), tuple(ops.quantize(wide, [1, 128])))
+        assert made[1].isnan().any()
+    expected = reference.paged_attention_quantize(rows, *cache.tensors, *options)
+    values = [codes.float() * scales.repeat_interleave(128, 1) for codes, scales in (made, expected)]
+    finite = values[0].isfinite() & values[1].isfinite()
+    assert relative(values[0][finite], values[1][finite]) < 0.01
+
+
 @pytest.mark.parametrize(("causal", "block"), MASKS[1:])
 @pytest.mark.parametrize("shape", [(4, 4, 64), (7, 1, 128)], ids=str)
 def test_masks_against_float64(shape, causal, block, device):
@@ -182,6 +210,22 @@ def test_torch_citizen(codes, device):
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(q, k, v), expected)
 
 
+def test_quantized_result_as_a_torch_citizen(device):
+    q, k, v, starts = packed([9, 40], 4, 2, 128, torch.bfloat16, device)
+    cache = Cache([9, 40], 2, 128, torch.bfloat16, device)
+    cache.store(k, v, starts)
+    lengths = torch.tensor([9, 40], dtype=torch.int32, device=device)
+    arguments = q, *cache.tensors, cache.pages, starts, lengths, 40, 0.125
+    torch.library.opcheck(ops.paged_attention_quantize.default, arguments, test_utils=CHECKS_OF_CODES)
+    expected = ops.paged_attention_quantize(*arguments)
+    torch._dynamo.reset()
+    whole = torch.compile(ops.paged_attention_quantize, fullgraph=True, backend="aot_eager")(*arguments)
+    assert_same(tuple(whole), tuple(expected))
+    named = {"k_pages": cache.k_pages, "v_pages": cache.v_pages, "pages": cache.pages, "scale": 0.125}
+    public_one = public.paged_attention_quantize(q, **named, starts=starts, lengths=lengths, longest=40)
+    assert_same((public_one.codes, public_one.scales), tuple(expected))
+
+
 @pytest.mark.gpu
 def test_cuda_graph():
     q, k, v, starts = packed([9, 700], 4, 2, 64, torch.bfloat16, "cuda")
@@ -254,6 +298,12 @@ def test_errors(change, message):
     }
     with pytest.raises(RuntimeError, match="paged_attention" + message):
         ops.paged_attention(**{**arguments, **change})
+
+
+def test_heads_that_are_no_group_are_not_quantized():
+    arguments = [PAGES, PAGES, None, None, torch.tensor([[0, 5]]).int(), torch.tensor([0, 5]).int()]
+    with pytest.raises(RuntimeError, match=r"_quantize: q must have a last dimension of 128, .* \[5, 4, 64\]"):
+        ops.paged_attention_quantize(torch.zeros(5, 4, 64), *arguments, torch.tensor([20]).int(), 5, 1.0)
 
 
 @pytest.mark.parametrize(

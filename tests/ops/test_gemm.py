@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from eightfold import reference
-from eightfold.ops import fp8_gemm, fp8_gemm_accumulate_, quant
+from eightfold.ops import fp8_gemm, fp8_gemm_accumulate_, gemm_plan, quant
 from eightfold.ops.quant import QuantizedTensor
 from eightfold.reference import quant as reference_quant
 from products import BF16_ERROR, FP32_ERROR, error, exact, on_device, operand, strided_copy
@@ -64,6 +64,48 @@ def test_accumulate_adds_the_product_once(device):
     assert torch.equal(out, start + product)
 
 
+@pytest.mark.parametrize("shape", [(16, 16, 1), (48, 33, 100), (70, 576, 1000), (576, 1, 257), (512, 96, 300)], ids=str)
+def test_accumulate_in_bf16_rounds_once(device, shape):
+    """The sum of what is there and the float32 product, rounded to bf16: a product rounded before would differ."""
+    m, n, k = shape
+    a, b = operand(m, k, "cols", device), operand(n, k, "cols", device)
+    product = fp8_gemm(a, b, out_dtype=torch.float32)
+    start = (torch.randn(m, n, device=device) * product.abs().mean()).bfloat16()
+    out = start.clone()
+    assert fp8_gemm_accumulate_(out, a, b) is out
+    assert torch.equal(out, (start.float() + product).bfloat16())
+    assert m * n < 1000 or not torch.equal(out, start + product.bfloat16())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "tile"),
+    [
+        ((4796, 1248, 300), (256, 128)),
+        ((4796, 1248, 100), (256, 128)),
+        ((3772, 1056, 300), (128, 192)),
+        ((1212, 3360, 300), (128, 128)),
+    ],
+    ids=str,
+)
+def test_every_tile_accumulates(shape, tile, dtype, bare_memory):
+    """Several tiles a block, ragged rows and columns; what lies around the output stays as it was."""
+    m, n, k = shape
+    plan = gemm_plan(m // 128 * 128, n, k, b_group_rows=1, sm_count=132)
+    assert (plan["tile_m"], plan["tile_n"]) == tile
+    a, b = operand(m, k, "cols", "cuda"), operand(n, k, "cols", "cuda")
+    product = fp8_gemm(a, b, out_dtype=torch.float32)
+    around = torch.randn(m + 2, n, device="cuda", dtype=dtype)
+    out = around.clone()
+    for _ in range(2):
+        fp8_gemm_accumulate_(out[1:-1], a, b)
+    once = (around[1:-1].float() + product).to(dtype)
+    assert torch.equal(out[1:-1], (once.float() + product).to(dtype))
+    assert torch.equal(out[0], around[0])
+    assert torch.equal(out[-1], around[-1])
+
+
 def test_transposed_weight(device):
     """dgrad: the transposed codes and scales of a weight give the product with its transpose."""
     w = torch.randn(208, 400)
@@ -112,9 +154,11 @@ def test_empty(device, shape):
     a, b = operand(m, k, (1, 128), device), operand(n, k, (128, 128), device)
     bias = torch.randn(n, device=device)
     assert torch.equal(fp8_gemm(a, b, bias, torch.float32), bias.expand(m, n))
-    out = torch.ones(m, n, device=device)
-    fp8_gemm_accumulate_(out, a, b)
-    assert torch.equal(out, torch.ones(m, n, device=device))
+    columns = operand(m, k, "cols", device), operand(n, k, "cols", device)
+    for dtype, operands in ((torch.float32, (a, b)), (torch.float32, columns), (torch.bfloat16, columns)):
+        out = torch.ones(m, n, device=device, dtype=dtype)
+        fp8_gemm_accumulate_(out, *operands)
+        assert torch.equal(out, torch.ones(m, n, device=device, dtype=dtype))
 
 
 def test_rows_apart(device):
@@ -143,6 +187,13 @@ def test_opcheck(device, m):
     torch.library.opcheck(ops.fp8_gemm_accumulate_.default, (out, *args), test_utils=CHECKS_OF_FP8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_opcheck_of_weight_gradients(device, dtype):
+    a, b = operand(32, 128, (1, 128), device), operand(48, 128, (1, 128), device)
+    args = (torch.zeros(32, 48, device=device, dtype=dtype), a.codes, a.scales, b.codes, b.scales, 1)
+    torch.library.opcheck(ops.fp8_gemm_accumulate_.default, args, test_utils=CHECKS_OF_FP8)
+
+
 def test_inputs_stay_as_they_were(device):
     a, b = operand(33, 272, (1, 128), device), operand(48, 272, (128, 128), device)
     tensors = [
@@ -154,7 +205,8 @@ def test_inputs_stay_as_they_were(device):
     assert all(torch.equal(t, c) for t, c in zip(tensors, before, strict=True))
 
 
-def test_compile_with_dynamic_shapes(device):
+@pytest.mark.parametrize("grad_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_compile_with_dynamic_shapes(device, grad_dtype):
     weight = operand(48, 272, (128, 128), device)
 
     def step(x, grad):
@@ -167,7 +219,7 @@ def test_compile_with_dynamic_shapes(device):
     compiled = torch.compile(step, fullgraph=True, dynamic=True)
     for rows in (64, 37):
         x = torch.randn(rows, 272, device=device)
-        grads = [torch.ones(48, 272, device=device) for _ in range(2)]
+        grads = [torch.ones(48, 272, device=device, dtype=grad_dtype) for _ in range(2)]
         assert torch.equal(compiled(x, grads[0]), step(x, grads[1]))
         assert torch.equal(*grads)
 
@@ -176,10 +228,13 @@ def test_compile_with_dynamic_shapes(device):
 def test_graph_capture():
     a, b = operand(100, 400, (1, 128), "cuda"), operand(272, 400, (128, 128), "cuda")
     other = operand(100, 400, (1, 128), "cuda")
-    out = torch.zeros(100, 272, device="cuda")
+    out, start = torch.zeros(100, 272, device="cuda"), torch.randn(256, 96, device="cuda", dtype=torch.bfloat16)
+    columns = operand(256, 300, "cols", "cuda"), operand(96, 300, "cols", "cuda")
+    total = start.clone()
 
     def work():
         fp8_gemm_accumulate_(out, a, b)
+        fp8_gemm_accumulate_(total, *columns)
         return fp8_gemm(a, b)
 
     stream = torch.cuda.Stream()
@@ -192,7 +247,9 @@ def test_graph_capture():
     a.codes.view(torch.uint8).copy_(other.codes.view(torch.uint8))
     a.scales.copy_(other.scales)
     out.zero_()
+    total.copy_(start)
     graph.replay()
+    assert torch.equal(total, (start.float() + fp8_gemm(*columns, out_dtype=torch.float32)).bfloat16())
     assert torch.equal(captured, fp8_gemm(other, b))
     assert torch.equal(out, fp8_gemm(other, b, out_dtype=torch.float32))
 
@@ -208,3 +265,9 @@ def test_reference_agrees(device):
     reference.fp8_gemm_accumulate_(outs[0], *args)
     ops.fp8_gemm_accumulate_(outs[1], *args)
     assert error(outs[1], outs[0].cpu().double()) < FP32_ERROR[device.type]
+    a, b = operand(70, 400, "cols", device), operand(144, 400, "cols", device)
+    args = (a.codes, a.scales, b.codes, b.scales, 1)
+    outs = [torch.ones(70, 144, device=device, dtype=torch.bfloat16) for _ in range(2)]
+    reference.fp8_gemm_accumulate_(outs[0], *args)
+    ops.fp8_gemm_accumulate_(outs[1], *args)
+    assert error(outs[1], outs[0].cpu().double()) < BF16_ERROR[device.type]

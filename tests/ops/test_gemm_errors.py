@@ -55,7 +55,11 @@ def _view(t, dtype):
         (_call(bias=torch.zeros(32, dtype=torch.float16)), "bias must be float32 or bfloat16, got float16"),
         (_call(bias=torch.zeros(31)), r"bias must have shape \[32\], got \[31\]"),
         (_call(bias=torch.zeros(64)[::2]), "bias must be contiguous"),
-        (_call("fp8_gemm_accumulate_", out=lambda t: t.bfloat16()), "accumulate_: out must be float32, got bfloat16"),
+        (_call("fp8_gemm_accumulate_", out=lambda t: t.half()), "accumulate_: out must be .*float32.*, got float16"),
+        (
+            _call("fp8_gemm_accumulate_", out=lambda t: t.bfloat16()),
+            "accumulate_: out must be float32 with b_group_rows 128, got bfloat16",
+        ),
         (_call("fp8_gemm_accumulate_", out=lambda t: t[:, :16]), r"out must have shape \[6, 32\], got \[6, 16\]"),
         (_call("fp8_gemm_accumulate_", out=lambda t: t.t().contiguous().t()), "out must be contiguous"),
     ],

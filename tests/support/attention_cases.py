@@ -97,9 +97,9 @@ class Cache:
             made.append(torch.cat([x[:n] for x, n in zip(owned, lengths, strict=True)]))
         return made
 
-    def attend(self, q, starts, lengths, longest=None, scale=None, causal=True, block=1):
+    def attend(self, q, starts, lengths, longest=None, scale=None, causal=True, block=1, settled=False):
         device = q.device
         lengths = torch.as_tensor(lengths, dtype=torch.int32, device=device)
         longest, scale = longest or q.shape[0], scale or q.shape[-1] ** -0.5
-        options = longest, scale, causal, block
+        options = longest, scale, causal, block, settled
         return torch.ops.eightfold.paged_attention(q, *self.tensors, self.pages, starts, lengths, *options)

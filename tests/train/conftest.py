@@ -57,6 +57,21 @@ def _save_model(folder, tokenizer, changes):
     return folder
 
 
+@pytest.fixture
+def weight_gradients(monkeypatch):
+    """Of every FP8 weight gradient that is made, whether it was added to a sum."""
+    from eightfold.nn import _products
+
+    found, make = [], _products.weight_gradient
+
+    def watched(columns, input_columns, dtype, total):
+        found.append(total is not None)
+        return make(columns, input_columns, dtype, total)
+
+    monkeypatch.setattr(_products, "weight_gradient", watched)
+    return found
+
+
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Tiny models gain nothing from threads, and lose much where other processes share the cores."""

@@ -71,6 +71,19 @@ def test_accumulation_does_not_change_the_update(settings):
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
 
 
+def test_micro_batches_add_up_inside_the_products(settings, weight_gradients, monkeypatch):
+    """All but the first of four; the same run as with sums by autograd."""
+    changes = {"micro_batch_size": 1, "steps": 3}
+    settings = settings | changes | {"model": settings["model"] | {"precision": "fp8"}}
+    ours = train(parse_config(settings))
+    assert sum(weight_gradients) * 4 == 3 * len(weight_gradients) > 0
+    monkeypatch.setattr("eightfold.train.loop.sum_in_products", lambda model, world: None)
+    weight_gradients.clear()
+    theirs = train(parse_config(settings | {"output": settings["output"] + "2"}))
+    assert not any(weight_gradients)
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+
+
 def test_transformers_loads_a_checkpoint(ended_run):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -75,7 +75,7 @@ class DecodeStep:
 
         self._tokens, self._positions, self._seeds = (numbers(torch.int64) for _ in range(3))
         self._temperatures, self._top_p, self._log_probs = (numbers(torch.float32) for _ in range(3))
-        self._top_k, self._active = numbers(torch.int32), numbers(torch.int32)
+        self._top_k, self._active, self._lengths = (numbers(torch.int32) for _ in range(3))
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
         self._head: torch.Tensor | Codes | None = None
         self._weights: list[int] = []
@@ -117,10 +117,12 @@ class DecodeStep:
             (self._top_k, [row.options.top_k for row in rows]),
             (self._top_p, [row.options.top_p for row in rows]),
             (self._active, [1] * len(rows)),
+            (self._lengths, [row.position + 1 for row in rows]),
         )
         for column, values in columns:
             values = values + [1 if column is self._top_p else 0] * (self._capacity - len(values))
             column.copy_(torch.tensor(values, dtype=column.dtype))
+        self._table[len(rows) :, 0] = -1
         width = max((len(row.pages) for row in rows), default=0)
         pages = [row.pages + [0] * (width - len(row.pages)) for row in rows]
         self._table[: len(rows), :width] = torch.tensor(pages, dtype=torch.int32).view(len(rows), width)
@@ -134,11 +136,11 @@ class DecodeStep:
         """Draws one token more of every row."""
         turn = self._launches % 2
         self._launches += 1
-        if self._changed:
-            self._sent[turn][: self._count] = self._table[: self._count]
-            self._pages[: self._count].copy_(self._sent[turn][: self._count], non_blocking=True)
-            self._changed = False
         rows = bucket(self._count) if self._graphs else self._count
+        if self._changed:
+            self._sent[turn][:rows] = self._table[:rows]
+            self._pages[:rows].copy_(self._sent[turn][:rows], non_blocking=True)
+            self._changed = False
         self._replay(rows, lambda: self._advance(rows))
         host = [kept[: self._count] for kept in self._read[turn]]
         for kept, of in zip(host, (self._tokens, self._log_probs), strict=True):
@@ -150,20 +152,17 @@ class DecodeStep:
         return Drawn(*host, done)
 
     def _advance(self, rows: int) -> None:
-        """A step of the first `rows` rows. A blank one has no keys, and writes none."""
-        part = slice(rows)
-        active, positions, pages, size = (
-            self._active[part],
-            self._positions[part],
-            self._pages[part],
-            self._cache.page_size,
-        )
-        at = pages.gather(1, (positions // size)[:, None])[:, 0].long() * size + positions % size
-        slots = torch.where(active > 0, at, -1)
-        lengths = (positions.int() + 1) * active
-        attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1)
+        """A step of the first `rows` rows. A blank one has no keys, and with page -1 a slot below 0: it writes none."""
+        part, size = slice(rows), self._cache.page_size
+        active, positions, pages = self._active[part], self._positions[part], self._pages[part]
+        lengths = self._lengths[part]
+        own = pages.gather(1, (positions // size)[:, None])[:, 0]
+        slots = torch.add(positions % size, own, alpha=size)
+        # Settled: behind the last of these lie torch's own kernels, as of the embedding, before the first layer.
+        attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1, settled=True)
         hidden = self._model.rows_hidden(self._tokens[part].clamp(min=0), positions, attend)
         positions += active
+        lengths += active
         options = self._temperatures[part], self._top_k[part], self._top_p[part]
         tokens, log_probs = draw(row_logits(hidden, self._head), self._seeds[part], positions, *options)
         self._tokens[part] = tokens

@@ -10,7 +10,14 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eightfold.ops import attention, paged_attention, paged_store_, rope_cache_write
+from eightfold.ops import (
+    QuantizedTensor,
+    attention,
+    paged_attention,
+    paged_attention_quantize,
+    paged_store_,
+    rope_cache_write,
+)
 
 # On Hopper cuDNN's kernels take half the time of torch's own, forward and backward; but it plans anew for every shape,
 # which generation, where the shapes grow, cannot afford.
@@ -226,8 +233,11 @@ class Paged:
     """Stores the keys and values of new rows in pages and attends the rows over all of their sequences' pages.
 
     pages int32 [sequences, most_pages]; starts int32 [sequences + 1]; lengths int32 [sequences], keys with the new
-    ones; slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows.
+    ones; slots int64 [tokens], page * page_size + place of each new row; longest: no sequence has more new rows;
+    settled: as of `ops.paged_attention`.
     """
+
+    gives_codes = True  # whether it can give its result quantised
 
     def __init__(
         self,
@@ -237,9 +247,10 @@ class Paged:
         lengths: torch.Tensor,
         slots: torch.Tensor,
         longest: int,
+        settled: bool = False,
     ):
         self.cache, self.pages, self.starts, self.lengths = cache, pages, starts, lengths
-        self.slots, self.longest = slots, longest
+        self.slots, self.longest, self.settled = slots, longest, settled
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
@@ -247,19 +258,28 @@ class Paged:
         paged_store_(k[0], v[0], slots=self.slots, **pages)
         return self._attend(q[0], pages)
 
-    def of_projections(self, layer: int, q, k, v, tables, norms=(None, None)) -> torch.Tensor:
+    def of_projections(
+        self, layer: int, q, k, v, tables, norms=(None, None), codes: bool = False
+    ) -> torch.Tensor | QuantizedTensor:
         """The same of q, k and v that are not rotated yet, nor q and k normalised by the weights of `norms`: one kernel
-        does that and stores, with the bits of the ops apart."""
+        does that and stores, with the bits of the ops apart. With `codes`, where D is 128, row codes [tokens,
+        heads * D] of the result."""
         pages = self.cache.layer(layer)
         cos, sin = (table[0, :, 0] for table in tables)
         weights = {}
         if norms[0] is not None:
             weights = {"q_weight": norms[0].weight, "k_weight": norms[1].weight, "eps": norms[0].eps}
-        return self._attend(rope_cache_write(q[0], k[0], v[0], cos, sin, slots=self.slots, **pages, **weights), pages)
+        turned = rope_cache_write(q[0], k[0], v[0], cos, sin, slots=self.slots, **pages, **weights)
+        if codes:
+            return paged_attention_quantize(turned, **pages, **self._where())
+        return self._attend(turned, pages)
 
     def _attend(self, q: torch.Tensor, pages: dict[str, torch.Tensor]) -> torch.Tensor:
+        return paged_attention(q, **pages, **self._where()).flatten(1)[None]
+
+    def _where(self) -> dict:
         where = {"pages": self.pages, "starts": self.starts, "lengths": self.lengths, "longest": self.longest}
-        return paged_attention(q, **pages, **where, **self._mask()).flatten(1)[None]
+        return where | {"settled": self.settled} | self._mask()
 
     def _mask(self) -> dict[str, bool | int]:
         return {}

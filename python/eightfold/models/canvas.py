@@ -40,6 +40,8 @@ class BlockRows(CanvasRows):
     """As many rows of each sequence, at most BLOCK_ROWS, from its place at[s] (int32 [sequences]) on, attend its first
     lengths[s] keys."""
 
+    gives_codes = False
+
     def __init__(self, cache: CanvasCache, at, lengths, slots):
         super().__init__(cache, None, lengths, slots, slots.shape[0] // lengths.shape[0])
         self.at = at

@@ -13,7 +13,7 @@ from typing import Literal
 from torch import Tensor, cat
 
 from eightfold.models.dc_ae_config import DCAEConfig
-from eightfold.models.loading import check_tensors
+from eightfold.models.files import check_tensors
 
 Names = Literal["diffusers", "efficientvit"]
 Shape = tuple[int, ...]
@@ -94,7 +94,7 @@ def gathered(
     Raises ValueError, naming `source` and the file's names, for missing and unknown tensors and other shapes.
     """
     parts = {name: layout(name, shape) for name, shape in expected.items()}
-    check_tensors({key: shape for of_one in parts.values() for key, shape in of_one.items()}, tensors, source)
+    check_tensors(tensors, {key: shape for of_one in parts.values() for key, shape in of_one.items()}, source)
     joined = {}
     for name, of_one in parts.items():
         pieces = [tensors[key] for key in of_one]

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -94,7 +93,8 @@ class DecoderLayer(nn.Module):
         (q, k, v), norms = qkv, (self.self_attn.q_norm, self.self_attn.k_norm)
         if norms[0] is not None and not self.compute.kernels_on(q.device):
             q, k, norms = self.compute.norm(q, norms[0]), self.compute.norm(k, norms[1]), (None, None)
-        return attend.of_projections(self.index, q, k, v, tables, norms)
+        codes = attend.gives_codes and self.compute.takes_codes(self.self_attn.head_dim)
+        return attend.of_projections(self.index, q, k, v, tables, norms, codes)
 
 
 class Trunk(nn.Module):
@@ -199,7 +199,8 @@ class Decoder(nn.Module):
             raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
         hidden = self.hidden(ids, document_ids=document_ids).flatten(0, 1)
         codes = self._head_codes()
-        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens, codes=codes)
+        options = {"codes": codes, "add_to_grad": self.compute.add_to_grad}
+        total, count = token_loss(hidden, self.lm_head.weight, labels.flatten(), chunk_tokens, **options)
         return total / count.clamp(min=1) if reduction == "mean" else total
 
     def denoising_loss(
@@ -228,7 +229,8 @@ class Decoder(nn.Module):
         else:
             hidden = self._block_diffusion_hidden(ids, document_ids, clean)
         chosen, codes = hidden.flatten(0, 1)[rows], self._head_codes()
-        return token_loss(chosen, self.lm_head.weight, labels, chunk_tokens, weights, codes)[0]
+        options = weights, codes, self.compute.add_to_grad
+        return token_loss(chosen, self.lm_head.weight, labels, chunk_tokens, *options)[0]
 
     def _block_diffusion_hidden(self, ids, document_ids, clean) -> torch.Tensor:
         self._check(ids, None, document_ids, None)
@@ -261,7 +263,8 @@ class Decoder(nn.Module):
             shapes = [tuple(x.shape) for x in (rows, labels, temperatures)]
             raise ValueError(f"rows, labels, temperatures: expected one shape [N], got {shapes}")
         hidden = self.packed_hidden(ids, starts, longest)[rows]
-        return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, chunk_tokens, self._head_codes())
+        options = chunk_tokens, self._head_codes(), self.compute.add_to_grad
+        return token_log_probs(hidden, self.lm_head.weight, labels, temperatures, *options)
 
     def _head_codes(self):
         return self.compute.head_codes(self.lm_head)
@@ -328,7 +331,7 @@ class Decoder(nn.Module):
         if self._frequency.device != ids.device:
             self._frequency = self._frequency.to(ids.device)
         tables = rotary_tables(self._frequency, positions)
-        stream, branch = None, F.embedding(ids, self.model.embed_tokens.weight).to(self.compute.dtype)
+        stream, branch = None, self.compute.embedding(ids, self.model.embed_tokens)
         for layer in self.model.layers:
             if self.checkpoint_layers and torch.is_grad_enabled():
                 # Added here, so that one tensor per layer is kept instead of two.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from eightfold.nn._accumulation import kept, sums_so_far
 from eightfold.ops.loss import IGNORED_LABEL as IGNORE
 
 ops = torch.ops.eightfold
@@ -51,12 +52,13 @@ class _Logits(torch.autograd.Function):
         return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype), None
 
 
-def _accumulate(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
-    """total += a @ b of two operands, in fp32 within the product."""
+def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of two operands in fp32, added to the fp32 total within the product if there is one already."""
+    if total is None:
+        return _matmul(a, b)
     if a.dtype == torch.float32:
-        total.addmm_(a, b)
-    else:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+        return total.addmm_(a, b)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, codes: Codes | None = None) -> torch.Tensor:
@@ -72,12 +74,11 @@ class _TokenLoss(torch.autograd.Function):
     a chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, labels, weights, chunk, codes):
+    def forward(ctx, hidden, weight, labels, weights, chunk, codes, add_to_grad):
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         w = _operand(weight, hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        d_hidden, d_weight = torch.empty_like(hidden) if need_hidden else None, None
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
             h = _operand(hidden[part], hidden.dtype)
@@ -92,9 +93,12 @@ class _TokenLoss(torch.autograd.Function):
             if need_weight and weights is not None:  # a row of the product's narrow operand, not of its wide one
                 h = _operand(h.float() * weights[part, None], hidden.dtype)
             if need_weight:
-                _accumulate(d_weight, error.t(), h)
+                d_weight = _accumulate(d_weight, error.t(), h)
+        if need_weight and d_weight is None:
+            d_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(d_hidden, d_weight)
         ctx.weight_dtype, ctx.used = weight.dtype, False
+        ctx.kept = kept(add_to_grad, weight)
         return total
 
     @staticmethod
@@ -106,9 +110,13 @@ class _TokenLoss(torch.autograd.Function):
         d_hidden, d_weight = ctx.saved_tensors
         if d_hidden is not None:
             d_hidden.mul_(grad)
-        if d_weight is not None:
+        (total,) = sums_so_far(ctx)
+        if total is not None:
+            total.addcmul_(d_weight, grad)  # in fp32, rounded once
+            d_weight = None
+        elif d_weight is not None:
             d_weight = d_weight.mul_(grad).to(ctx.weight_dtype)
-        return d_hidden, d_weight, None, None, None, None
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def token_loss(
@@ -118,15 +126,16 @@ def token_loss(
     chunk_tokens: int | None = None,
     weights: torch.Tensor | None = None,
     codes: Codes | None = None,
+    add_to_grad: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Summed negative log likelihood (fp32 scalar) of labels [N] given hidden [N, H] and head weight [V, H], each times
     its own of `weights` (fp32 [N]) if given, and the number of labels that count (int64 scalar; -100 does not). Logits
-    exist for `chunk_tokens` tokens at a time."""
+    exist for `chunk_tokens` tokens at a time. `add_to_grad`: as in `nn.functional`."""
     if chunk_tokens is None:
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
     labels = labels.to(torch.int64).contiguous()
     counted = (labels != IGNORE).sum()
-    return _TokenLoss.apply(hidden, weight, labels, weights, chunk_tokens, codes), counted
+    return _TokenLoss.apply(hidden, weight, labels, weights, chunk_tokens, codes, add_to_grad), counted
 
 
 def row_logits(hidden: torch.Tensor, head: torch.Tensor | Codes) -> torch.Tensor:
@@ -145,14 +154,14 @@ class _TokenLogProbs(torch.autograd.Function):
     """Chunks of logits are made in the forward pass and again in the backward: none outlives its chunk."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, tokens, temperatures, chunk, codes):
+    def forward(ctx, hidden, weight, tokens, temperatures, chunk, codes, add_to_grad):
         out = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
         head = weight.to(hidden.dtype) if codes is None else codes
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
             out[part] = row_log_probs(row_logits(hidden[part], head), tokens[part], temperatures[part])
         ctx.save_for_backward(hidden, weight, tokens, temperatures)
-        ctx.chunk, ctx.codes = chunk, codes
+        ctx.chunk, ctx.codes, ctx.kept = chunk, codes, kept(add_to_grad, weight)
         return out
 
     @staticmethod
@@ -161,19 +170,28 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, tokens, temperatures = ctx.saved_tensors
         dtype, (need_hidden, need_weight, *_) = hidden.dtype, ctx.needs_input_grad
         rounded = weight.to(dtype)
-        w, head = _operand(weight, dtype), rounded if ctx.codes is None else ctx.codes
+        w, head = _operand(rounded, dtype), rounded if ctx.codes is None else ctx.codes
         d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if need_weight else None
+        (total,) = sums_so_far(ctx)
+        d_weight = total if total is not None and total.dtype == torch.float32 else None
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
-            error = _operand(ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part])[1], dtype)
-            factors = -grad[part, None]  # of the products' narrow rows, not of their wide ones
+            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
+            # Scaled and rounded in one pass over what is as large as the logits.
+            rounded_error = torch.empty_like(error, dtype=dtype)
+            error = _operand(torch.mul(error, -grad[part, None], out=rounded_error), dtype)
             if need_hidden:
-                d_hidden[part] = _matmul(error, w) * factors
+                d_hidden[part] = _matmul(error, w).to(dtype)
             if need_weight:
-                _accumulate(d_weight, error.t(), _operand(hidden[part].float() * factors, dtype))
-        return d_hidden, None if d_weight is None else d_weight.to(weight.dtype), None, None, None, None
+                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
+        if total is not None:
+            if d_weight is not total and d_weight is not None:
+                total.add_(d_weight)  # in fp32, rounded once
+            d_weight = None
+        elif need_weight:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        return d_hidden, d_weight, None, None, None, None, None
 
 
 def token_log_probs(
@@ -183,9 +201,11 @@ def token_log_probs(
     temperatures: torch.Tensor,
     chunk_tokens: int | None = None,
     codes: Codes | None = None,
+    add_to_grad: bool = False,
 ) -> torch.Tensor:
     """`row_log_probs` of all rows, fp32 [rows], differentiable in hidden [rows, H] and head weight [V, H]. Logits exist
-    for `chunk_tokens` rows at a time, in either pass; the result's bits do not depend on it."""
+    for `chunk_tokens` rows at a time, in either pass; the result's bits do not depend on it. `add_to_grad`: as in
+    `nn.functional`."""
     if chunk_tokens is None:
         chunk_tokens = max(_LEAST_TOKENS, _CHUNK_LOGITS // weight.shape[0])
-    return _TokenLogProbs.apply(hidden, weight, tokens, temperatures, chunk_tokens, codes)
+    return _TokenLogProbs.apply(hidden, weight, tokens, temperatures, chunk_tokens, codes, add_to_grad)

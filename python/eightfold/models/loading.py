@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
+from eightfold.models.files import check_tensors, read_config_file, read_shards, some, write_folder, write_json
 from eightfold.models.gguf_loading import read_gguf
 from eightfold.models.interchange import CODES, QUANTIZATION, Format, check_quantization, dequantized, in_format
 from eightfold.models.llada import decoder_name, llada_name
@@ -79,13 +76,7 @@ def new_decoder(
 
 def read_config(folder: Path) -> DecoderConfig:
     """DecoderConfig of folder/config.json."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+    return read_config_file(folder, DecoderConfig.from_hf)
 
 
 def _holds_codes(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:
@@ -105,25 +96,9 @@ def _weights_file(folder: Path) -> Path:
     return folder / (INDEX if (folder / INDEX).is_file() else SINGLE)
 
 
-def read_safetensors(folder: Path, single: str = SINGLE) -> dict[str, torch.Tensor]:
-    """All tensors of the file `single`, or of the shards that its index names."""
-    index = folder / f"{single}.index.json"
-    if not index.is_file():
-        if not (folder / single).is_file():
-            raise FileNotFoundError(f"{folder}: neither {single} nor {index.name} is there")
-        return read_shard(folder / single)
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise ValueError(f"{index}: not a safetensors index: {error!r}") from None
-    absent = [shard for shard in shards if not (folder / shard).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{folder / absent[0]}: shard named in {index.name} is missing")
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in shards:
-        tensors.update(read_shard(folder / shard))
-    return tensors
+def read_safetensors(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of model.safetensors, or of the shards that model.safetensors.index.json names."""
+    return read_shards(folder, SINGLE, INDEX)
 
 
 def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: object) -> dict[str, torch.Tensor]:
@@ -133,22 +108,8 @@ def decoder_names(tensors: dict[str, torch.Tensor], model_type: str, source: obj
         return tensors
     named = {name: decoder_name(name) for name in tensors}
     if strange := [name for name, ours in named.items() if ours is None]:
-        raise ValueError(f"{source}: unexpected {_some(strange)}, of a llada model")
+        raise ValueError(f"{source}: unexpected {some(strange)}, of a llada model")
     return {named[name]: tensor for name, tensor in tensors.items()}
-
-
-def read_shard(file: Path) -> dict[str, torch.Tensor]:
-    """All tensors of one safetensors file."""
-    try:
-        with safe_open(file, framework="pt") as shard:
-            return {key: _aligned(shard.get_tensor(key)) for key in shard.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
-
-
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
-    """`tensor`, copied if need be to where the ops take it; in a file a tensor begins at any multiple of 8 bytes."""
-    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
 def build_decoder(
@@ -162,34 +123,10 @@ def build_decoder(
     if config.tie_word_embeddings:
         tensors["lm_head.weight"] = tensors.get("model.embed_tokens.weight", tensors.get("lm_head.weight"))
     stored = llada_name if config.model_type == "llada" else str
-    check_tensors(expected, tensors, source, stored)
+    check_tensors(tensors, expected, source, stored)
     model.load_state_dict(tensors, assign=True)
     model.tie_weights()
     return model.requires_grad_(True)
-
-
-def check_tensors(
-    expected: dict[str, tuple[int, ...]],
-    tensors: dict[str, torch.Tensor | None],
-    source: object,
-    stored: Callable[[str], str] = str,
-) -> None:
-    """Raises ValueError unless `tensors`, from `source`, have the names and shapes of `expected`. It names missing and
-    misshapen ones as `stored` does."""
-    missing = [stored(name) for name in expected if tensors.get(name) is None]
-    unexpected = [name for name in tensors if name not in expected]
-    if missing:
-        raise ValueError(f"{source}: missing {_some(missing)}")
-    if unexpected:
-        raise ValueError(f"{source}: unexpected {_some(unexpected)}")
-    for name, shape in expected.items():
-        if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{source}: {stored(name)}: expected shape {shape}, got {tuple(tensors[name].shape)}")
-
-
-def _some(names: list[str], first: int = 3) -> str:
-    more = f" and {len(names) - first} more" if len(names) > first else ""
-    return f"{len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:first])}{more}"
 
 
 def load_tokenizer(path: Path):
@@ -216,31 +153,8 @@ def save_decoder(model: Decoder, folder: str | os.PathLike, tokenizer=None, form
     temporary folder is removed and an older `folder` stays as it was. Raises OSError naming the folder, and ValueError
     naming the argument or the weight that "fp8" cannot hold.
     """
-    return save_folder(folder, lambda work: write_decoder(model, work, tokenizer, format))
-
-
-def save_folder(folder: str | os.PathLike, write: Callable[[Path], None]) -> Path:
-    """`folder` with what `write` puts into the folder it is given: all of it or, on an error, what was there before.
-
-    Raises OSError naming the folder where a file cannot be written, and ValueError where `folder` holds something else
-    than a model (a folder with config.json).
-    """
     folder = Path(folder)
-    if folder.exists() and not (folder.is_dir() and ((folder / "config.json").exists() or not any(folder.iterdir()))):
-        raise ValueError(f"{folder}: expected a new name, an empty folder or a saved model to replace")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        write(work)
-        work.chmod(0o755)
-        _replace_folder(work, folder)
-    except Exception as error:
-        # The tokenizers library reports a failed write as a bare Exception.
-        if isinstance(error, (OSError, SafetensorError)) or type(error) is Exception:
-            raise OSError(f"{folder}: not saved: {error}") from None
-        raise
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+    write_folder(folder, lambda work: write_decoder(model, work, tokenizer, format))
     return folder
 
 
@@ -263,32 +177,7 @@ def write_decoder(model: Decoder, folder: Path, tokenizer=None, format: Format |
     write_json(folder / "config.json", config)
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
     write_json(folder / "generation_config.json", ids)
-    write_safetensors(folder / SINGLE, tensors)
+    save_file(tensors, folder / SINGLE, metadata={"format": "pt"})
+    (folder / SINGLE).chmod((folder / "config.json").stat().st_mode)  # safetensors lets only its owner read it
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-def write_json(file: Path, value: dict) -> None:
-    file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def write_safetensors(file: Path, tensors: dict[str, torch.Tensor]) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod((file.parent / "config.json").stat().st_mode)  # safetensors lets only its owner read it
-
-
-def _replace_folder(new: Path, folder: Path) -> None:
-    """Renames `new` to `folder`; an older one is moved aside first and removed last, or moved back on failure."""
-    if not folder.exists():
-        os.rename(new, folder)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}-old-", dir=folder.parent))
-    os.rename(folder, old / folder.name)
-    try:
-        os.rename(new, folder)
-    except OSError:
-        os.rename(old / folder.name, folder)
-        raise
-    finally:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)

@@ -16,10 +16,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from eightfold.models.embedding import embedding
 from eightfold.models.head import Codes, logits
 from eightfold.nn import ServedCodes, WeightCache
 from eightfold.nn import functional as fused
-from eightfold.ops import add_rms_norm, rotary, swiglu
+from eightfold.ops import QuantizedTensor, add_rms_norm, rotary, swiglu
 
 Precision = Literal["fp32", "bf16", "fp8"]
 Save = Literal["columns", "input"]
@@ -120,6 +121,9 @@ class FP32:
     dtype = torch.float32
     fp8_head = False  # whether the head's product is taken in FP8
     fp8_cache = False  # whether keys and values are rounded as a cache in FP8 has them
+    # Whether backward passes add the gradients of matrices to `.grad` as `nn.functional` says: for training on several
+    # micro-batches a step.
+    add_to_grad = False
 
     @property
     def cache_dtype(self) -> torch.dtype:
@@ -129,8 +133,15 @@ class FP32:
     def __init__(self):
         self._kept: KeptWeights | None = None
 
+    def embedding(self, ids: torch.Tensor, layer: nn.Embedding) -> torch.Tensor:
+        return embedding(ids, layer.weight, self.add_to_grad).to(self.dtype)
+
     def linear(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         return F.linear(x, layer.weight.float(), None if layer.bias is None else layer.bias.float())
+
+    def takes_codes(self, head_dim: int) -> bool:
+        """Whether `attention_output` may be given what heads of that size make as codes, in groups (1, 128)."""
+        return False
 
     def attention_output(self, x: torch.Tensor, layer: nn.Linear) -> torch.Tensor:
         """A linear whose input attention has saved already."""
@@ -245,6 +256,7 @@ class FP8(BF16):
         self.save, self.fp8_head, self.fp8_cache = save, fp8_head, fp8_cache
         self.codes: Mapping[nn.Linear, WeightCache] | None = None  # if given, also passes with gradients use them
         self.served: ServedCodes | None = None  # codes from elsewhere: then no linear's weight is read
+        self.add_to_grad = False
 
     def _cache(self, layer):
         if self.served is not None:
@@ -253,10 +265,16 @@ class FP8(BF16):
         return None if codes is None else codes[layer]
 
     def linear(self, x, layer):
-        return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer))
+        return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer), add_to_grad=self.add_to_grad)
+
+    def takes_codes(self, head_dim):
+        return head_dim == 128 and not torch.is_grad_enabled()
 
     def attention_output(self, x, layer):
-        return fused.fp8_linear(x, layer.weight, layer.bias, save="input", cache=self._cache(layer))
+        if isinstance(x, QuantizedTensor):
+            return fused.fp8_linear_of_codes(x, layer.weight, layer.bias, self.dtype, cache=self._cache(layer))[None]
+        options = {"cache": self._cache(layer), "add_to_grad": self.add_to_grad}
+        return fused.fp8_linear(x, layer.weight, layer.bias, save="input", **options)
 
     def kernels_on(self, device):
         return True
@@ -274,28 +292,27 @@ class FP8(BF16):
         return logits(x, layer.weight, self.head_codes(layer)) if self.fp8_head else super().head(x, layer)
 
     def norm_linears(self, x, norm, layers, residual=None):
-        weights, biases, caches = self._parameters(layers)
-        stream, out = fused.fp8_norm_linears(
-            x, norm.weight, norm.eps, weights, biases, residual, self.save, caches=caches
-        )
+        weights, biases, options = self._parameters(layers)
+        stream, out = fused.fp8_norm_linears(x, norm.weight, norm.eps, weights, biases, residual, self.save, **options)
         return x if stream is None else stream, out
 
     def norm_qkv(self, x, norm, layers, tables, head_dim, residual=None):
-        weights, biases, caches = self._parameters(layers)
+        weights, biases, options = self._parameters(layers)
         stream, out = fused.fp8_norm_qkv(
-            x, norm.weight, norm.eps, weights, biases, tables, head_dim, residual, self.save, caches=caches
+            x, norm.weight, norm.eps, weights, biases, tables, head_dim, residual, self.save, **options
         )
         return x if stream is None else stream, out
 
     def _parameters(self, layers):
-        return zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
+        weights, biases, caches = zip(*((l.weight, l.bias, self._cache(l)) for l in layers), strict=True)
+        return weights, biases, {"caches": caches, "add_to_grad": self.add_to_grad}
 
     def norm_mlp(self, x, norm, mlp, residual=None):
         layers = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         if mlp.gate_proj.bias is not None:
             raise ValueError("mlp_bias: the FP8 SwiGLU block has no biases, got True; use precision='bf16'")
-        weights, caches = [l.weight for l in layers], [self._cache(l) for l in layers]
-        stream, out = fused.fp8_norm_swiglu_mlp(x, norm.weight, norm.eps, *weights, residual, caches=caches)
+        weights, _, options = self._parameters(layers)
+        stream, out = fused.fp8_norm_swiglu_mlp(x, norm.weight, norm.eps, *weights, residual, **options)
         return x if stream is None else stream, out
 
 

@@ -3,7 +3,7 @@
 from eightfold.nn import functional
 from eightfold.nn._products import ServedCodes, WeightCache
 from eightfold.nn.convert import DEFAULT_EXCLUDE, ConversionReport, convert
-from eightfold.nn.linear import FP8Linear, cache_weights
+from eightfold.nn.linear import FP8Linear, add_to_grads, cache_weights
 from eightfold.nn.mlp import FP8SwiGLU
 from eightfold.nn.norm import FP8RMSNorm
 
@@ -15,6 +15,7 @@ __all__ = [
     "FP8SwiGLU",
     "ServedCodes",
     "WeightCache",
+    "add_to_grads",
     "cache_weights",
     "convert",
     "functional",

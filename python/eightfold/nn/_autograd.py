@@ -7,6 +7,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from eightfold.nn import _products as p
+from eightfold.nn._accumulation import kept, sums_so_far
 from eightfold.nn._products import ops
 
 
@@ -36,7 +37,7 @@ def swiglu_forward(rows, x, weights, caches, training):
 
 class Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, save_input, cache):
+    def forward(ctx, x, weight, bias, save_input, cache, add_to_grad):
         columns = None, None
         if ctx.needs_input_grad[1] and not save_input:
             rows, columns = p.quantize_input(x)
@@ -44,6 +45,7 @@ class Linear(torch.autograd.Function):
             rows = p.quantize_rows(x)
         ctx.save_for_backward(weight, x if ctx.needs_input_grad[1] and save_input else None, *columns)
         ctx.cache, ctx.x_shape, ctx.bias_dtype = cache, x.shape, None if bias is None else bias.dtype
+        ctx.kept = kept(add_to_grad, weight)
         return p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
@@ -56,13 +58,11 @@ class Linear(torch.autograd.Function):
         if needs_x:
             dx = p.input_gradient(grads, [weight], [ctx.cache], dy.dtype).view(ctx.x_shape)
         if needs_weight:
-            if x is not None:
-                dw = p.weight_gradient_of_input(grads[0].columns, x, weight.dtype)
-            else:
-                dw = p.weight_gradient(grads[0].columns, columns, weight.dtype)
+            make, operand = (p.weight_gradient, columns) if x is None else (p.weight_gradient_of_input, x)
+            dw = make(grads[0].columns, operand, weight.dtype, *sums_so_far(ctx))
         if needs_bias:
             db = p.bias_gradient(p.flat(dy), ctx.bias_dtype)
-        return dx, dw, db, None, None
+        return dx, dw, db, None, None, None
 
 
 class RMSNorm(torch.autograd.Function):
@@ -85,14 +85,16 @@ class NormLinears(torch.autograd.Function):
     [batch, tokens, heads, dim], the first two rotated."""
 
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, eps, save_columns, caches, cos, sin, head_dim, *weights_and_biases):
+    def forward(
+        ctx, x, residual, norm_weight, eps, save_columns, caches, add_to_grad, cos, sin, head_dim, *weights_and_biases
+    ):
         n = len(caches)
         weights, biases = weights_and_biases[:n], weights_and_biases[n:]
         total, rows, columns, normed = norm_forward(x, residual, norm_weight, eps, True)
-        if not save_columns or not any(ctx.needs_input_grad[9 : 9 + n]):
+        if not save_columns or not any(ctx.needs_input_grad[10 : 10 + n]):
             columns = None, None
         ctx.save_for_backward(norm_weight, *normed, *columns, cos, sin, *weights)
-        ctx.caches, ctx.has_residual = caches, residual is not None
+        ctx.caches, ctx.has_residual, ctx.kept = caches, residual is not None, kept(add_to_grad, *weights)
         ctx.bias_dtypes = [None if b is None else b.dtype for b in biases]
         out = p.products(rows, weights, biases, x.dtype, caches, as_one=False)
         out = [y.view(*x.shape[:-1], y.shape[1]) for y in out]
@@ -107,7 +109,7 @@ class NormLinears(torch.autograd.Function):
         dsum, grads = (grads[0], grads[1:]) if ctx.has_residual else (None, grads)
         n = len(weights)
         needs, dtype = ctx.needs_input_grad, grads[0].dtype
-        needs_weights, needs_biases = needs[9 : 9 + n], needs[9 + n :]
+        needs_weights, needs_biases = needs[10 : 10 + n], needs[10 + n :]
         if cos is None:
             shape, dys = grads[0].shape[:-1], [p.flat(dy) for dy in grads]
             gradients = p.output_gradients(dys, weights, needs_weights)
@@ -122,16 +124,16 @@ class NormLinears(torch.autograd.Function):
         columns = col_codes, col_scales
         if col_codes is None and any(needs_weights):
             columns = p.norm_columns(codes, scales, rstd, norm_weight, dtype)
-        dweights = p.weight_gradients(gradients, columns, weights, needs_weights)
+        dweights = p.weight_gradients(gradients, columns, weights, needs_weights, sums_so_far(ctx))
         dbiases = [sums[i].to(ctx.bias_dtypes[i]) if needs_biases[i] else None for i in range(n)]
-        return dx, dx if ctx.has_residual else None, dnorm, *[None] * 6, *dweights, *dbiases
+        return dx, dx if ctx.has_residual else None, dnorm, *[None] * 7, *dweights, *dbiases
 
 
 class SwiGLU(torch.autograd.Function):
     """SwiGLU, with the norm before it when norm_weight is given."""
 
     @staticmethod
-    def forward(ctx, x, residual, norm_weight, eps, gate_weight, up_weight, down_weight, caches):
+    def forward(ctx, x, residual, norm_weight, eps, gate_weight, up_weight, down_weight, caches, add_to_grad):
         needs_columns = any(ctx.needs_input_grad[4:6])
         total, normed, columns = None, (None, None, None), (None, None)
         if norm_weight is not None:
@@ -145,6 +147,7 @@ class SwiGLU(torch.autograd.Function):
         out, gate_and_up = swiglu_forward(rows, x, (gate_weight, up_weight, down_weight), caches, True)
         ctx.save_for_backward(norm_weight, *normed, *columns, *gate_and_up, gate_weight, up_weight, down_weight)
         ctx.caches, ctx.has_residual = caches, residual is not None
+        ctx.kept = kept(add_to_grad, gate_weight, up_weight, down_weight)
         return out if total is None else (total, out)
 
     @staticmethod
@@ -163,11 +166,14 @@ class SwiGLU(torch.autograd.Function):
         out = ops.swiglu_backward_quantize(dh, gate, gate_scales, up, up_scales, as_one)
         dgate, dgate_columns, dup, dup_columns, h_columns = (out[i : i + 2] for i in range(0, 10, 2))
 
-        ddown = p.weight_gradient(gradients[0].columns, h_columns, down_weight.dtype) if needs[6] else None
+        *totals, down_total = sums_so_far(ctx)
+        ddown = None
+        if needs[6]:
+            ddown = p.weight_gradient(gradients[0].columns, h_columns, down_weight.dtype, down_total)
         gradients = [p.Gradients(dgate, dgate_columns, range(2 if as_one else 1))]
         if not as_one:
             gradients.append(p.Gradients(dup, dup_columns, range(1, 2)))
-        dweights = p.weight_gradients(gradients, (col_codes, col_scales), weights, needs[4:6])
+        dweights = p.weight_gradients(gradients, (col_codes, col_scales), weights, needs[4:6], totals)
         dx = dnorm = None
         if any(needs[:3]):
             dx = p.input_gradient(gradients, weights, caches[:2], dtype)
@@ -175,7 +181,7 @@ class SwiGLU(torch.autograd.Function):
                 dx = dx.view(*shape, gate_weight.shape[1])
             else:
                 dx, dnorm = _norm_backward(dx, codes, scales, rstd, norm_weight, dsum, shape)
-        return dx, dx if ctx.has_residual else None, dnorm, None, *dweights, ddown, None
+        return dx, dx if ctx.has_residual else None, dnorm, None, *dweights, ddown, None, None
 
 
 def bf16_product(x, matrix, bias=None):

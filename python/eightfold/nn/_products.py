@@ -20,6 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from eightfold.nn._accumulation import joined
 from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
 from eightfold.ops.gemm import product as multiply
 from eightfold.ops.layouts import ceil_div
@@ -289,36 +290,49 @@ def input_gradient(
 
 
 def weight_gradients(
-    gradients: Sequence[Gradients], input_columns: Codes, weights: Sequence[Tensor], needed: Sequence[bool]
+    gradients: Sequence[Gradients],
+    input_columns: Codes,
+    weights: Sequence[Tensor],
+    needed: Sequence[bool],
+    totals: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """dY^T X of each weight that needs it; of layers that share a product they are views of its result."""
+    """dY^T X of each weight that needs it; of layers that share a product they are views of its result. Where there is
+    a total, it is added to that, and None is returned."""
     out: list[Tensor | None] = [None] * len(weights)
     for _, columns, layers in gradients:
         sizes = [weights[i].shape[0] for i in layers]
-        if all(needed[i] for i in layers):
-            whole = weight_gradient(columns, input_columns, weights[layers[0]].dtype)
-            out[layers.start : layers.stop] = whole.split(sizes) if len(sizes) > 1 else [whole]
+        of_layers = [totals[i] for i in layers]
+        total, new = joined(of_layers), all(total is None for total in of_layers)
+        if all(needed[i] for i in layers) and (new or total is not None):
+            whole = weight_gradient(columns, input_columns, weights[layers[0]].dtype, total)
+            if whole is not None:
+                out[layers.start : layers.stop] = whole.split(sizes) if len(sizes) > 1 else [whole]
             continue
         begin = 0
         for i, size in zip(layers, sizes, strict=True):
             if needed[i]:
                 part = tuple(t[:, begin : begin + size] for t in columns)
-                out[i] = weight_gradient(part, input_columns, weights[i].dtype)
+                out[i] = weight_gradient(part, input_columns, weights[i].dtype, totals[i])
             begin += size
     return out
 
 
-def weight_gradient(grad_columns: Codes, input_columns: Codes, dtype: torch.dtype) -> Tensor:
-    """dY^T X, [out_features, in_features]; tokens are the contraction."""
+def weight_gradient(
+    grad_columns: Codes, input_columns: Codes, dtype: torch.dtype, total: Tensor | None
+) -> Tensor | None:
+    """dY^T X, [out_features, in_features]; tokens are the contraction. With a ``total``, added to it: None."""
     (dy, dy_scales), (x, x_scales) = grad_columns, input_columns
-    return multiply(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
+    if total is None:
+        return multiply(dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1, None, dtype)
+    ops.fp8_gemm_accumulate_(total, dy.t(), dy_scales.t(), x.t(), x_scales.t(), 1)
+    return None
 
 
-def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dY^T X, casting X [..., in_features] here."""
+def weight_gradient_of_input(grad_columns: Codes, x: Tensor, dtype: torch.dtype, total: Tensor | None) -> Tensor | None:
+    """``weight_gradient``, casting X [..., in_features] here."""
     if torch.compiler.is_compiling():
         return _compiled_weight_gradient(*grad_columns, x, dtype)
-    return weight_gradient(grad_columns, ops.quantize(flat(x), COLUMNS), dtype)
+    return weight_gradient(grad_columns, ops.quantize(flat(x), COLUMNS), dtype, total)
 
 
 # The compiler would move a cast of a weight, or of a saved input, from the backward pass into the forward and save its
@@ -347,7 +361,7 @@ def _(codes, scales, counts, weights, dtype):
 
 @torch.library.custom_op("eightfold_nn::linear_weight_gradient", mutates_args=())
 def _compiled_weight_gradient(dy_codes: Tensor, dy_scales: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight_gradient_of_input((dy_codes, dy_scales), x, dtype)
+    return weight_gradient_of_input((dy_codes, dy_scales), x, dtype, None)
 
 
 @_compiled_weight_gradient.register_fake

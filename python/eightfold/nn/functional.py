@@ -10,6 +10,10 @@ What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales 
     fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
     fp8_rms_norm          row codes of the input, rstd: 0.5 U
 
+``add_to_grad=True`` is for `backward` over several micro-batches: a weight's gradient is added to its `.grad` inside
+the product that makes it and rounded once, wherever there is such a sum already that autograd would only add to (a
+plain contiguous tensor, no hooks; `torch.autograd.grad` is not concerned, nor are compiled layers).
+
 Common to all: x is [..., features] in bfloat16 or float32 (bfloat16 under autocast), results have x's dtype, sizes are
 multiples of 16, weights are [out, in] and get gradients in their own dtype. Without gradients the same forward runs and
 saves nothing: its bits do not depend on training. Weights are saved by reference and cast again in the backward pass.
@@ -24,13 +28,20 @@ from torch import Tensor
 from eightfold.nn import _autograd as a
 from eightfold.nn import _products as p
 from eightfold.nn._products import WeightCache, ops
+from eightfold.ops import QuantizedTensor
 
 # Asked once: a constant for torch.compile.
 _CPU_HAS_BF16 = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fp8_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, save: str = "columns", *, cache: WeightCache | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    save: str = "columns",
+    *,
+    cache: WeightCache | None = None,
+    add_to_grad: bool = False,
 ) -> Tensor:
     """x @ weight^T + bias; x [..., in], weight [out, in], bias [out] -> [..., out].
 
@@ -43,9 +54,23 @@ def fp8_linear(
     x = _activation("fp8_linear", x)
     _check_weight("fp8_linear", "weight", weight, x.shape[-1], bias)
     if _needs_grad(x, weight, bias):
-        return a.Linear.apply(x, weight, bias, save == "input", cache)
+        return a.Linear.apply(x, weight, bias, save == "input", cache, add_to_grad)
     out = p.product(p.quantize_rows(x), weight, bias, x.dtype, cache)
     return out.view(*x.shape[:-1], weight.shape[0])
+
+
+def fp8_linear_of_codes(
+    rows: QuantizedTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    cache: WeightCache | None = None,
+) -> Tensor:
+    """``fp8_linear`` of an input that is row codes [tokens, in] in groups (1, 128) already -> [tokens, out] in
+    ``dtype``, with the same bits; no gradient."""
+    _check_weight("fp8_linear_of_codes", "weight", weight, rows.shape[1], bias)
+    return p.product((rows.codes, rows.scales), weight, bias, dtype, cache)
 
 
 def fp8_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,6 +92,7 @@ def fp8_norm_linears(
     save: str = "columns",
     *,
     caches: Sequence[WeightCache | None] | None = None,
+    add_to_grad: bool = False,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(s, [RMSNorm(s) @ w^T + b for each weight]) with s = x + residual; the first is None without a residual.
 
@@ -77,7 +103,8 @@ def fp8_norm_linears(
     ``save="columns"`` keeps that column tensor. ``save="input"`` makes it in the backward pass of the norm's input,
     which is kept in FP8 anyway: 0.5 U less, and weight gradients whose operand was rounded twice (3.6 % off, not 2.6).
     """
-    return _norm_linears("fp8_norm_linears", x, norm_weight, eps, weights, biases, residual, save, caches)
+    name = "fp8_norm_linears"
+    return _norm_linears(name, x, norm_weight, eps, weights, biases, residual, save, caches, add_to_grad)
 
 
 def fp8_norm_qkv(
@@ -92,6 +119,7 @@ def fp8_norm_qkv(
     save: str = "columns",
     *,
     caches: Sequence[WeightCache | None] | None = None,
+    add_to_grad: bool = False,
 ) -> tuple[Tensor | None, list[Tensor]]:
     """(s, [q, k, v]): ``fp8_norm_linears`` of the three layers before attention, as heads, and ``rotary`` of q and k.
 
@@ -107,11 +135,12 @@ def fp8_norm_qkv(
     for i, weight in enumerate(weights):
         if weight.shape[0] % head_dim:
             raise ValueError(f"{name}: rows of weights[{i}] must be heads of {head_dim}, got {list(weight.shape)}")
-    return _norm_linears(name, x, norm_weight, eps, weights, biases, residual, save, caches, tables, head_dim)
+    options = save, caches, add_to_grad, tables, head_dim
+    return _norm_linears(name, x, norm_weight, eps, weights, biases, residual, *options)
 
 
 def _norm_linears(
-    name, x, norm_weight, eps, weights, biases, residual, save, caches, tables=(None, None), head_dim=None
+    name, x, norm_weight, eps, weights, biases, residual, save, caches, add_to_grad, tables=(None, None), head_dim=None
 ):
     if save not in ("columns", "input"):
         raise ValueError(f"{name}: save must be 'columns' or 'input', got {save!r}")
@@ -125,7 +154,7 @@ def _norm_linears(
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         _check_weight(name, f"weights[{i}]", weight, x.shape[-1], bias)
     if _needs_grad(x, residual, norm_weight, *weights, *biases):
-        options = save == "columns", caches, *tables, head_dim
+        options = save == "columns", caches, add_to_grad, *tables, head_dim
         out = a.NormLinears.apply(x, residual, norm_weight, eps, *options, *weights, *biases)
         return (None, list(out)) if residual is None else (out[0], list(out[1:]))
     total, rows, _, _ = a.norm_forward(x, residual, norm_weight, eps, False)
@@ -135,13 +164,20 @@ def _norm_linears(
 
 
 def fp8_swiglu_mlp(
-    x: Tensor, gate_weight: Tensor, up_weight: Tensor, down_weight: Tensor, *, caches: Sequence | None = None
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    *,
+    caches: Sequence | None = None,
+    add_to_grad: bool = False,
 ) -> Tensor:
     """(silu(x @ gate^T) * (x @ up^T)) @ down^T; gate and up are [intermediate, hidden], down [hidden, intermediate].
 
     Gate and up wait as FP8 row codes; h = silu(gate) * up is recomputed from them. (DeepSeek-V3 report, section 3.3.3.)
     """
-    return _swiglu("fp8_swiglu_mlp", x, None, None, 0.0, (gate_weight, up_weight, down_weight), caches)[1]
+    weights = (gate_weight, up_weight, down_weight)
+    return _swiglu("fp8_swiglu_mlp", x, None, None, 0.0, weights, caches, add_to_grad)[1]
 
 
 def fp8_norm_swiglu_mlp(
@@ -154,10 +190,11 @@ def fp8_norm_swiglu_mlp(
     residual: Tensor | None = None,
     *,
     caches: Sequence | None = None,
+    add_to_grad: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
     """(s, fp8_swiglu_mlp(RMSNorm(s))) with s = x + residual; the first is None without a residual."""
     weights = (gate_weight, up_weight, down_weight)
-    return _swiglu("fp8_norm_swiglu_mlp", x, residual, norm_weight, eps, weights, caches)
+    return _swiglu("fp8_norm_swiglu_mlp", x, residual, norm_weight, eps, weights, caches, add_to_grad)
 
 
 def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -174,7 +211,7 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return torch.nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _swiglu(name, x, residual, norm_weight, eps, weights, caches):
+def _swiglu(name, x, residual, norm_weight, eps, weights, caches, add_to_grad):
     x = _activation(name, x)
     residual = _residual(name, x, residual)
     caches = (None,) * 3 if caches is None else tuple(caches)
@@ -187,7 +224,7 @@ def _swiglu(name, x, residual, norm_weight, eps, weights, caches):
     if norm_weight is not None:
         _check_norm(name, norm_weight, x.shape[-1])
     if _needs_grad(x, residual, norm_weight, *weights):
-        out = a.SwiGLU.apply(x, residual, norm_weight, eps, *weights, caches)
+        out = a.SwiGLU.apply(x, residual, norm_weight, eps, *weights, caches, add_to_grad)
         return (None, out) if residual is None else out
     total = None
     if norm_weight is None:

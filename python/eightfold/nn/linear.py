@@ -12,7 +12,8 @@ class FP8Linear(nn.Linear):
 
     ``in_features`` and ``out_features`` are multiples of 16 (ValueError otherwise). ``save`` is fp8_linear's option;
     ``cache_weight`` keeps the weight's FP8 codes between calls, one byte an element, for as long as it does not change:
-    for generation, and for many backward passes per optimizer step.
+    for generation, and for many backward passes per optimizer step. ``add_to_grad`` is fp8_linear's option, off until
+    it is set (``add_to_grads`` sets it in a whole model).
     """
 
     def __init__(
@@ -29,6 +30,7 @@ class FP8Linear(nn.Linear):
         check_sizes(in_features, out_features)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.save, self.cache_weight, self._cache = save, cache_weight, WeightCache()
+        self.add_to_grad = False
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, save: str = "columns", cache_weight: bool = False) -> "FP8Linear":
@@ -42,7 +44,8 @@ class FP8Linear(nn.Linear):
         return self._cache if self.cache_weight else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return functional.fp8_linear(x, self.weight, self.bias, self.save, cache=self.cache)
+        options = {"cache": self.cache, "add_to_grad": self.add_to_grad}
+        return functional.fp8_linear(x, self.weight, self.bias, self.save, **options)
 
     def extra_repr(self) -> str:
         options = "" if self.save == "columns" else f", save={self.save!r}"
@@ -55,6 +58,15 @@ def check_sizes(in_features: int, out_features: int) -> None:
             "FP8Linear: in_features and out_features must be positive multiples of 16, "
             f"got {in_features} and {out_features}"
         )
+
+
+def add_to_grads(module: nn.Module, enabled: bool = True) -> nn.Module:
+    """Turns ``add_to_grad`` on or off in every FP8Linear inside ``module``: for training on several micro-batches a
+    step, whose weight gradients are then added up inside the products that make them (`functional`)."""
+    for layer in module.modules():
+        if isinstance(layer, FP8Linear):
+            layer.add_to_grad = enabled
+    return module
 
 
 def cache_weights(module: nn.Module, enabled: bool = True) -> nn.Module:

@@ -35,6 +35,8 @@ class FP8SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layers = self.gate_proj, self.up_proj, self.down_proj
-        return functional.fp8_swiglu_mlp(
-            x, *(layer.weight for layer in layers), caches=[layer.cache for layer in layers]
-        )
+        options = {
+            "caches": [layer.cache for layer in layers],
+            "add_to_grad": all(layer.add_to_grad for layer in layers),
+        }
+        return functional.fp8_swiglu_mlp(x, *(layer.weight for layer in layers), **options)

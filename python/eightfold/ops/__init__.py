@@ -3,7 +3,7 @@
 from eightfold.ops import _library
 from eightfold.ops._fallback import kernels_run_on
 from eightfold.ops.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
-from eightfold.ops.attention import attention, paged_attention, paged_store_
+from eightfold.ops.attention import attention, paged_attention, paged_attention_quantize, paged_store_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
@@ -51,6 +51,7 @@ __all__ = [
     "kv_round",
     "lm_head_confidence",
     "paged_attention",
+    "paged_attention_quantize",
     "paged_store_",
     "quantize",
     "quantize_beside",

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold)
+from eightfold.ops import _library, layouts  # noqa: F401  (the first loads torch.ops.eightfold)
+from eightfold.ops.quant import QuantizedTensor
 
 _ops = torch.ops.eightfold
 
@@ -86,6 +87,7 @@ def paged_attention(
     scale: float | None = None,
     causal: bool = True,
     block: int = 1,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of the last rows of each sequence over its keys, which lie in pages: one row when decoding, many in a
     prefill. The bits are those of ``attention`` over the same keys.
@@ -103,14 +105,46 @@ def paged_attention(
         longest: at least the rows of q of every sequence; default: tokens. Decides the launch on CUDA, no number.
         scale: of the scores, more than 0; default dim ** -0.5.
         causal, block: as for ``attention``, positions and blocks counted from a sequence's first key.
+        settled: a promise, for the step of a decoder: between whatever wrote these arguments and this op some CUDA
+            kernel of torch's own ran on the stream; but for q, and the keys and values of q's rows (the last of each
+            sequence), which may be new. On CUDA all else is read while the kernels ahead still run. Decides no number.
 
     Returns a contiguous tensor of q's shape and dtype; it has no gradient. Raises RuntimeError for other dtypes,
     shapes, devices or layouts and, on the CPU, for lengths or page numbers out of range.
     """
     longest = q.shape[0] if longest is None else longest
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    options = longest, scale, causal, block
+    options = longest, scale, causal, block, settled
     return _ops.paged_attention(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, *options)
+
+
+def paged_attention_quantize(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    *,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    longest: int | None = None,
+    scale: float | None = None,
+    causal: bool = True,
+    block: int = 1,
+    settled: bool = False,
+) -> QuantizedTensor:
+    """``quantize(paged_attention(...).flatten(1), (1, 128))``, the same bytes: what an FP8 product reads next. The
+    arguments are those of ``paged_attention``; q's dim is 128, so that a head is a group.
+
+    Returns codes [tokens, heads * 128] with scales [tokens, heads]; no gradient. Raises RuntimeError as
+    ``paged_attention`` does, and for another dim.
+    """
+    longest = q.shape[0] if longest is None else longest
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = longest, scale, causal, block, settled
+    cache = k_pages, v_pages, k_scales, v_scales, pages, starts, lengths
+    return QuantizedTensor(*_ops.paged_attention_quantize(q, *cache, *options), (1, 128))
 
 
 def paged_store_(
@@ -166,8 +200,16 @@ def _(dout, q, k, v, out, lse, starts, longest, scale, causal=True, block=1):
 
 
 @torch.library.register_fake("eightfold::paged_attention")
-def _(q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1):
+def _(
+    q, k_pages, v_pages, k_scales, v_scales, pages, starts, lengths, longest, scale, causal=True, block=1, settled=False
+):
     return q.new_empty(q.shape)
+
+
+@torch.library.register_fake("eightfold::paged_attention_quantize")
+def _(q, *args):
+    rows, cols = q.shape[0], q.shape[1] * q.shape[2]
+    return layouts.empty_codes(rows, cols, (1, 128), q.device), layouts.empty_scales(rows, cols, (1, 128), q.device)
 
 
 @torch.library.register_fake("eightfold::paged_store_")

@@ -54,9 +54,10 @@ def fp8_gemm(
 
 
 def fp8_gemm_accumulate_(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
-    """``out`` [M, N] float32, contiguous, += ``a`` [M, K] @ ``b`` [N, K]^T, added once in float32; returns ``out``.
+    """``out`` [M, N], contiguous, += ``a`` [M, K] @ ``b`` [N, K]^T; returns ``out``.
 
-    Operands and errors as in ``fp8_gemm``; a weight gradient summed over micro-batches is
+    The product is added once, in float32, and the sum rounded once to the dtype of ``out``: float32, or, with ``b`` in
+    groups (1, 128), bfloat16. Operands and errors as in ``fp8_gemm``; a weight gradient summed over micro-batches is
     ``fp8_gemm_accumulate_(grad, dy_cols.t(), x_cols.t())``.
     """
     _check_groups("fp8_gemm_accumulate_", a, b)

@@ -4,7 +4,13 @@ Each function has the name and the signature of its torch.ops.eightfold op.
 """
 
 from eightfold.reference.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
-from eightfold.reference.attention import attention, attention_backward, paged_attention, paged_store_
+from eightfold.reference.attention import (
+    attention,
+    attention_backward,
+    paged_attention,
+    paged_attention_quantize,
+    paged_store_,
+)
 from eightfold.reference.block_attention import block_attention
 from eightfold.reference.confidence import lm_head_confidence, uncover_
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
@@ -48,6 +54,7 @@ __all__ = [
     "kv_round",
     "lm_head_confidence",
     "paged_attention",
+    "paged_attention_quantize",
     "paged_store_",
     "quantize",
     "quantize_beside",

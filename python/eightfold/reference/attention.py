@@ -9,7 +9,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from eightfold.reference.quant import group_scales, to_e4m3
+from eightfold.reference.quant import group_scales, quantize, to_e4m3
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
@@ -110,11 +110,12 @@ def paged_attention(
     scale: float,
     causal: bool = True,
     block: int = 1,
+    settled: bool = False,
 ) -> Tensor:
     """Attention of the last rows of sequences, starts[s] to starts[s + 1] of q [tokens, heads, dim], over the
     lengths[s] keys, theirs included, that lie in pages[s]: [page, kv_heads, page_size, dim].
 
-    Pages of E4M3 codes hold bfloat16(code * scale), scales [page, kv_heads, page_size].
+    Pages of E4M3 codes hold bfloat16(code * scale), scales [page, kv_heads, page_size]. settled decides no number.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for rows, numbers, length in zip(_ranges(starts), pages, lengths.tolist(), strict=True):
@@ -125,6 +126,26 @@ def paged_attention(
         z = _scores(q[rows], k, scale, causal, block)
         out[rows] = (z.softmax(-1) @ v).transpose(0, 1).to(q.dtype)
     return out
+
+
+def paged_attention_quantize(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    pages: Tensor,
+    starts: Tensor,
+    lengths: Tensor,
+    longest: int,
+    scale: float,
+    causal: bool = True,
+    block: int = 1,
+    settled: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Row codes [tokens, heads * dim] in groups (1, 128) of ``paged_attention``, dim being 128, and their scales."""
+    cache = k_pages, v_pages, k_scales, v_scales, pages, starts, lengths
+    return quantize(paged_attention(q, *cache, longest, scale, causal, block).flatten(1), [1, 128])
 
 
 def paged_store_(

@@ -41,8 +41,8 @@ def fp8_gemm(
 def fp8_gemm_accumulate_(
     out: Tensor, a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, b_group_rows: int = 128
 ) -> None:
-    """``out`` [M, N] float32 += ``a`` @ ``b``^T."""
-    out += _product(a, a_scales, b, b_scales, b_group_rows, torch.float32)
+    """``out`` [M, N] float32 or bfloat16 += ``a`` @ ``b``^T, added in float32 and rounded once."""
+    out.copy_(out.float() + _product(a, a_scales, b, b_scales, b_group_rows, torch.float32))
 
 
 def gemm(

@@ -123,6 +123,11 @@ def load_model(config: ModelConfig, device: torch.device) -> tuple[nn.Module, An
     return model, tokenizer
 
 
+def sum_in_products(model: nn.Module, world: World) -> None:
+    """Has a Decoder in FP8 add up the gradients of micro-batches where it makes them; sharded ones are not at hand."""
+    model.compute.add_to_grad = model.precision == "fp8" and world.size == 1
+
+
 @contextlib.contextmanager
 def _determinism(config: TrainConfig) -> Iterator[None]:
     """torch's deterministic kernels, if asked for; its own setting comes back afterwards."""
@@ -149,6 +154,7 @@ class _Run:
         self.corpus = Corpus.load(config.data, tokenizer, config.seed)
         self.cursor = self.corpus.start()
         distributed.shard(model, world)
+        sum_in_products(model, world)
         if config.model.compile:
             for layer in model.model.layers:
                 layer.compile(dynamic=False)

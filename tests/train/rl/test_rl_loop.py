@@ -67,7 +67,7 @@ def test_a_rollout_in_fp8_of_a_policy_trained_in_bf16_is_another_policy(task, mo
     assert all(record["probability_error"] > 1 for record in records)
 
 
-def test_several_updates_micro_batches_and_a_reference(task, model_folder):
+def test_several_updates_micro_batches_and_a_reference(task, model_folder, weight_gradients):
     objective = {"kl_coefficient": 0.1, "clip_high": 0.28, "aggregation": "sequence_mean"}
     changes = {"updates_per_step": 2, "micro_batch_tokens": 40, "objective": objective}
     changes |= {"overlong": {"buffer": 3}, "advantage": {"dynamic_sampling": True}}
@@ -75,6 +75,7 @@ def test_several_updates_micro_batches_and_a_reference(task, model_folder):
     assert all(record["delta_logp_max"] == 0 for record in records)
     assert records[0]["reference_kl"] >= 0
     assert records[-1]["reference_kl"] > 0
+    assert 0 < sum(weight_gradients) < len(weight_gradients)  # all but those of an update's first micro-batch
 
 
 def test_a_resumed_run_repeats_the_uninterrupted_one(task, model_folder):

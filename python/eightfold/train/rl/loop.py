@@ -28,7 +28,7 @@ from eightfold.models import Decoder
 from eightfold.train import checkpoint, distributed
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
-from eightfold.train.loop import learning_rate, load_model, make_optimizer
+from eightfold.train.loop import learning_rate, load_model, make_optimizer, sum_in_products
 from eightfold.train.report import RunLog, memory_bytes, read_log
 from eightfold.train.rl.advantages import group_advantages, overlong_penalties
 from eightfold.train.rl.batches import PackedSamples, Sample, pack, parts
@@ -77,6 +77,7 @@ class _Run:
             self.reference = copy.deepcopy(model).requires_grad_(False).eval()
             distributed.shard(self.reference, world)
         distributed.shard(model, world)
+        sum_in_products(model, world)
         self.optimizer = make_optimizer(model, config.optimizer, config.model.precision)
         self.policy_copy, self.served_step, self.kept = None, None, None
         self.rollout = self._make_rollout()
