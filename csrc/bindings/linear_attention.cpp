@@ -8,6 +8,8 @@
 namespace eightfold::bindings {
 namespace {
 
+constexpr int64_t kMostTokens = int64_t{1} << 30;
+
 HeadRows rows_of(const Tensor& t) { return {t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)}; }
 const float* data_of(const std::optional<Tensor>& t) { return t ? static_cast<const float*>(t->data_ptr()) : nullptr; }
 
@@ -54,6 +56,7 @@ LinearAttention describe(const Tensor& q, const Tensor& k, const Tensor& v, cons
   const int64_t dim = q.size(3);
   EF_CHECK(dim == 32 || dim == 64 || dim == 128, op, ": q must have a last dimension of 32, 64 or 128, got shape ", shape_of(q));
   check_rows(q, q, op, "q"), check_rows(k, q, op, "k"), check_rows(v, q, op, "v");
+  EF_CHECK(q.is_cpu() || q.size(1) <= kMostTokens, op, ": q must have at most 2^30 tokens on CUDA, got shape ", shape_of(q));
   LinearAttention args{};
   args.q = rows_of(q), args.k = rows_of(k), args.v = rows_of(v);
   args.dtype = dtype_of(q, op, "q");
@@ -79,6 +82,12 @@ struct States {
   float* z() const { return static_cast<float*>(normalizer.data_ptr()); }
 };
 
+#ifdef EIGHTFOLD_WITH_CUDA
+Tensor workspace_of(const LinearAttention& args, const Tensor& q) {
+  return empty({linear_attention_workspace_sm90(args)}, ScalarType::Byte, q);
+}
+#endif
+
 States forward(LinearAttention& args, const Tensor& q, const std::optional<Tensor>& state, const std::optional<Tensor>& normalizer,
                const char* op) {
   check_states(state, normalizer, q, op, "state", "normalizer");
@@ -86,6 +95,14 @@ States forward(LinearAttention& args, const Tensor& q, const std::optional<Tenso
   args.state_in = data_of(state), args.normalizer_in = data_of(normalizer);
   args.state = made.s(), args.normalizer = made.z();
   if (args.batch == 0 || args.heads == 0) return made;
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (q.is_cuda()) {
+    OnDeviceOf device(q);
+    const Tensor workspace = workspace_of(args, q);
+    linear_attention_sm90(args, workspace.data_ptr(), current_stream(q));
+    return made;
+  }
+#endif
   linear_attention_cpu(args);
   return made;
 }
@@ -137,6 +154,14 @@ std::tuple<Tensor, Tensor, Tensor> linear_attention_backward(const Tensor& dout,
   args.dstate_out = data_of(dstate_out), args.dnormalizer_out = data_of(dnormalizer_out);
   args.dstate = made.s(), args.dnormalizer = made.z();
   if (batch > 0 && heads > 0) {
+#ifdef EIGHTFOLD_WITH_CUDA
+    if (q.is_cuda()) {
+      OnDeviceOf device(q);
+      const Tensor workspace = workspace_of(args.forward, q);
+      linear_attention_backward_sm90(args, workspace.data_ptr(), current_stream(q));
+      return {std::move(dqkv), std::move(made.state), std::move(made.normalizer)};
+    }
+#endif
     linear_attention_backward_cpu(args);
   }
   return {std::move(dqkv), std::move(made.state), std::move(made.normalizer)};
@@ -152,5 +177,9 @@ void register_all(Library& m) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) { register_all(m); }
+
+#ifdef EIGHTFOLD_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) { register_all(m); }
+#endif
 
 }  // namespace eightfold::bindings

@@ -35,13 +35,18 @@
 //                       in shared memory, and all warps then sum phi(q)^T [dn | dD] as above, to dS and dz
 //   backward, keys      apply with two products: dk from v and dS, dv from k and dS
 //
-// Kernels start while the one before runs (programmatic dependent launch); apply and keys load their first tokens before they wait for
-// states: q, k and v were there before the sums' kernel began. At 1,024 tokens all blocks of both kernels fit on the chip at once.
+// Kernels start while the one before runs (programmatic dependent launch). apply and keys load their first tokens before they wait for
+// states: q, k and v were there before the kernel of the sums went on. With 2 x 1,024 tokens all blocks of the sums run at once, and half
+// of apply's beside them.
 //
-// Predicted, not measured, heads 70 x 32. Forward: 2 x 16,384 213 us (sums 103, fold 3, apply 107: 92 % of copy), 16 x 1,024 108 us, 2 x
-// 1,024 12 us in a graph (sums 6: launch 1, two waits for memory 2, the cluster's fold 1.5; apply 5; launch overlapped). Forward and
-// backward: 2 x 16,384 600 us against a floor of 539 (queries' kernel has 250 instructions of a warp for 16 tokens of a head, whose 3 KB
-// take 236 clocks of a multiprocessor's memory: issue slots are a quarter taken), 2 x 1,024 40 us.
+// Why so. wgmma takes 64 rows, twice a head's 32 of S; mma.sync needs 20 instructions for 32 tokens of a head and span of k and v, 4 KB
+// that take a multiprocessor 315 clocks to fetch. A cluster folds on the chip what a kernel of its own would read back: 8 states a head are
+// 38 MB for 16 x 1,024. Spans of up to 512 tokens: 4 blocks a multiprocessor (dim 32), two waves of them for 2 x 16,384.
+//
+// Predicted, not measured, heads 70 x 32. Forward: 2 x 16,384 213 us (sums 103, fold 3, apply 107: 92 % of copy), 16 x 1,024 112 us, 2 x
+// 1,024 12 us in a graph (launch 1, sums 5.5, of which two waits for memory 2 and the cluster's fold 1.5, apply 5). Forward and backward: 2
+// x 16,384 600 us against a floor of 539, 2 x 1,024 40 us. The queries' kernel, the one with most to compute, takes 510 instructions of a
+// warp for 16 tokens of a head, whose 3 KB are 236 clocks of a multiprocessor's memory: half of its issue slots.
 //
 // Limits: dim 32, 64 or 128, contiguous, any other strides; on CUDA bf16, rows 16-byte aligned. Sizes may be 0. Offsets are 64-bit.
 #pragma once

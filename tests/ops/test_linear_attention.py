@@ -18,6 +18,7 @@ BF16, FP32 = torch.bfloat16, torch.float32
 DTYPES = [BF16, FP32]
 SHAPES = [(1, 31, 5, 32), (3, 33, 6, 64), (2, 64, 3, 128), (2, 1024, 2, 32), (1, 1030, 3, 64)]
 TOLERANCE = {BF16: 3e-3, FP32: 4e-6}  # of the norm: half a bf16 ulp is 1.7e-3 on average
+STATES = {"cpu": 4e-6, "cuda": 2e-5}  # tensor cores cut off what they add, and their sums are of one sign
 ROUNDED_TWICE = 5e-3  # on CUDA gradients are those of an upstream gradient over D that is rounded to bf16
 
 
@@ -72,7 +73,7 @@ def test_against_float64(shape, dtype, device):
     assert out.is_contiguous()
     assert out.dtype == dtype
     bound = TOLERANCE[dtype]
-    check((out, *states), expected, (bound, 4e-6, 4e-6))
+    check((out, *states), expected, (bound, *[STATES[device.type]] * 2))
     assert (out[:, 1:2] == 0).all()
     grads = torch.autograd.grad(out, leaves, grad)
     check(grads, expected_grads, [ROUNDED_TWICE if device.type == "cuda" else 2 * bound] * 3)
@@ -81,7 +82,7 @@ def test_against_float64(shape, dtype, device):
     assert (grads[1][leaves[1] <= 0] == 0).all()
 
     plain = [x.detach() for x in leaves]
-    check(reference.linear_attention(*plain), expected, (bound, 4e-6, 4e-6))
+    check(reference.linear_attention(*plain), expected, (bound, *[STATES[device.type]] * 2))
     theirs, *_ = reference.linear_attention_backward(grad, *plain, *(s.detach() for s in states))
     check(theirs.unbind(2), expected_grads, [2 * bound] * 3)
 
@@ -149,7 +150,7 @@ def test_key_mask(dim, dtype, device):
     k[~mask], v[~mask] = torch.nan, torch.inf
     leaves = [x.requires_grad_() for x in (q, k, v)]
     out, states = linear_attention(*leaves, key_mask=mask, return_state=True)
-    check((out, *states), expected, (TOLERANCE[dtype], 4e-6, 4e-6))
+    check((out, *states), expected, (TOLERANCE[dtype], *[STATES[device.type]] * 2))
     assert (out[1] == 0).all()
     grad = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves, grad)
@@ -181,7 +182,7 @@ def test_carried_state(tokens, dim, dtype, device):
 
     ours = both(lambda q, k, v, states: linear_attention(q, k, v, carried=states, return_state=True), *leaves)
     expected = both(plain, *wide)
-    check(ours, expected, (TOLERANCE[dtype], 4e-6, 4e-6))
+    check(ours, expected, (TOLERANCE[dtype], *[STATES[device.type]] * 2))
     grads = [torch.randn_like(x).div(100 if i else 1) for i, x in enumerate(ours)]
     bounds = [ROUNDED_TWICE if device.type == "cuda" else 2 * TOLERANCE[dtype]] * 3
     want = torch.autograd.grad(expected, wide, [g.double() for g in grads], retain_graph=True)

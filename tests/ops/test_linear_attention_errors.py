@@ -62,3 +62,19 @@ def test_errors_of_the_backward_pass(change, message):
     arguments = {"dout": x, "q": x, "k": x, "v": x, "state_out": state, "normalizer_out": normalizer}
     with pytest.raises(RuntimeError, match="linear_attention_backward" + message):
         ops.linear_attention_backward(**{**arguments, **change})
+
+
+@pytest.mark.gpu
+def test_errors_on_cuda():
+    x = torch.zeros(2, 5, 3, 32, device="cuda", dtype=torch.bfloat16)
+    wide, many = x.new_zeros(2, 5, 3, 36), x[:1, :1].expand(1, 2**30 + 1, 3, 32)
+    cases = [
+        ((x.float(),) * 3, ": q must be bfloat16 on CUDA, got float32"),
+        ((x, wide[..., :32], x), ": k must have strides that are multiples of 8 on CUDA, got shape"),
+        ((x, x, x.new_zeros(961)[1:].view(x.shape)), ": v must start at a multiple of 16 bytes, got an address 2 past"),
+        ((many,) * 3, r": q must have at most 2\^30 tokens on CUDA, got shape"),
+        ((x, x, x.cpu()), ": v is on cpu but the first argument is on cuda"),
+    ]
+    for tensors, message in cases:
+        with pytest.raises(RuntimeError, match="linear_attention" + message):
+            ops.linear_attention(*tensors)
