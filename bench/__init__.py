@@ -7,6 +7,7 @@ FAMILIES = (
     "rotary",
     "attention",
     "block_attention",
+    "linear_attention",
     "gemm",
     "gemm_small",
     "loss",

@@ -198,6 +198,18 @@ def blocks(places, rows, heads, kv_heads, dim, room):
             op.block_attention(q, *own, *caches, at, lengths, 0.1)
 
 
+def linear(batch: int, tokens: int, heads: int, dim: int) -> None:
+    """Rows of a packed projection, with and without a mask and carried states."""
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(2)
+    mask = torch.rand(batch, tokens, device="cuda") < 0.5
+    out, *states = op.linear_attention(q, k, v)
+    for rest in ((), (mask, *states)):
+        op.linear_attention(q, k, v, *rest)
+        op.linear_attention_quantize(q, k, v, *rest)
+        op.linear_attention_backward(out, q, k, v, *states, *rest)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in FORMATS:
@@ -221,6 +233,8 @@ if __name__ == "__main__":
     blocks([(700, 1312), (1, 33)], 32, 28, 4, 128, 1312)
     blocks([(16, 17), (47, 48), (-9, 40), (90, 90)], 1, 6, 2, 96, 48)
     blocks([(3, 100)], 64, 5, 5, 128, 112)
+    for shape in ((1, 1, 1, 32), (2, 300, 5, 32), (1, 4200, 3, 64), (1, 130, 2, 128)):
+        linear(*shape)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)

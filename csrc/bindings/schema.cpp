@@ -71,6 +71,18 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? "
       "v_scales, Tensor at, Tensor lengths, float scale) -> Tensor");
 
+  // linear_attention: q, k, v [batch, tokens, heads, dim]; a state's gradient is that of the one that came in
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? state=None, Tensor? normalizer=None, float "
+      "eps=1e-15) -> (Tensor out, Tensor state_out, Tensor normalizer_out)");
+  m.def(
+      "linear_attention_quantize(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? state=None, Tensor? normalizer=None, "
+      "float eps=1e-15) -> (Tensor codes, Tensor scales, Tensor state_out, Tensor normalizer_out)");
+  m.def(
+      "linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor state_out, Tensor normalizer_out, Tensor? "
+      "key_mask=None, Tensor? dstate_out=None, Tensor? dnormalizer_out=None, float eps=1e-15) -> (Tensor dqkv, Tensor dstate, Tensor "
+      "dnormalizer)");
+
   // loss
   m.def(
       "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16, Tensor? temperatures=None) "

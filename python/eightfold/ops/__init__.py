@@ -7,6 +7,12 @@ from eightfold.ops.attention import attention, paged_attention, paged_attention_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
+from eightfold.ops.linear_attention import (
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_packed,
+    linear_attention_quantize,
+)
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
     add_rms_norm,
@@ -33,6 +39,7 @@ from eightfold.ops.sampling import sample
 build_info = _library.build_info
 
 __all__ = [
+    "LinearAttentionState",
     "QuantizedTensor",
     "adamw_dre_",
     "add_rms_norm",
@@ -49,6 +56,9 @@ __all__ = [
     "gemm_plan",
     "kernels_run_on",
     "kv_round",
+    "linear_attention",
+    "linear_attention_packed",
+    "linear_attention_quantize",
     "lm_head_confidence",
     "paged_attention",
     "paged_attention_quantize",
