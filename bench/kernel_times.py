@@ -9,7 +9,7 @@ import torch
 # The first class one of whose words is in a kernel's name takes it.
 CLASSES = {
     "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
-    "optimizer": ("adamw", "multi_tensor", "dre_"),
+    "optimizer": ("adamw", "came_", "multi_tensor", "dre_"),
     "GEMM": ("fp8_gemm", "gemm", "cutlass", "nvjet", "cublas", "splitk", "_mm_"),
     "casts, norms, SwiGLU": (
         "_cast",

@@ -138,6 +138,32 @@ def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
             stochastic,
             7,
         )
+    for quantized in (True, False):
+        for matrices in (True, False):
+            rows, cols = ([torch.rand(s[i] if matrices else 0, device="cuda") for s in shapes] for i in range(2))
+            in_bytes = quantized and matrices
+            op.came8bit_(
+                params,
+                grads,
+                [torch.zeros(p.shape, device="cuda", dtype=torch.uint8 if in_bytes else torch.float32) for p in params],
+                [torch.zeros(-(-p.numel() // 2048) if in_bytes else 0, 2, device="cuda") for p in params],
+                rows if matrices else [torch.rand(p.shape, device="cuda") for p in params],
+                cols,
+                [t.clone() for t in rows],
+                [t.clone() for t in cols],
+                [0] * len(params),
+                steps,
+                lr,
+                scale,
+                0.9,
+                0.999,
+                0.9999,
+                1e-30,
+                1e-16,
+                1.0,
+                0.1,
+                7,
+            )
 
 
 def attends(lengths, heads, kv_heads, dim, page_size):

@@ -106,7 +106,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "uncover_(Tensor(a!) tokens, Tensor at, Tensor ids, Tensor confidence, Tensor(b!) left, int mask_id, float? threshold=None, float? "
       "factor=None, Tensor? counts=None, Tensor? eos_ids=None, Tensor(c!)? ended=None, bool last_too=False) -> ()");
 
-  // optim: 8-bit states with dynamic range expansion
+  // optim: 8-bit states
   m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");
   m.def("dre_dequantize(Tensor codes, Tensor maxima, Tensor exponents, int row_length) -> Tensor");
   m.def(
@@ -114,4 +114,8 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "Tensor(e!)[] m_exponents, Tensor(f!)[] v_codes, Tensor(g!)[] v_maxima, Tensor(h!)[] v_exponents, int[] row_lengths, int[] "
       "offsets, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, bool "
       "stochastic_states, int seed) -> ()");
+  m.def(
+      "came8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scales, Tensor(d!)[] v_rows, Tensor(e!)[] v_cols, "
+      "Tensor(f!)[] u_rows, Tensor(g!)[] u_cols, int[] offsets, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, "
+      "float beta3, float eps1, float eps2, float clip_threshold, float weight_decay, int seed) -> ()");
 }

@@ -22,7 +22,7 @@ from eightfold.ops.norm import (
     rms_norm_columns,
     rms_norm_quantize,
 )
-from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.ops.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import (
     QuantizedTensor,
     quantize,
@@ -47,6 +47,7 @@ __all__ = [
     "attention",
     "block_attention",
     "build_info",
+    "came8bit_",
     "cross_entropy",
     "dre_dequantize",
     "dre_quantize",

@@ -28,7 +28,7 @@ from eightfold.reference.norm import (
     rms_norm_columns,
     rms_norm_quantize,
 )
-from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.reference.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
 from eightfold.reference.quant import (
     dequantize,
     quantize,
@@ -49,6 +49,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "block_attention",
+    "came8bit_",
     "cross_entropy",
     "dequantize",
     "dre_dequantize",

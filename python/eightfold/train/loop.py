@@ -61,10 +61,12 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, precision: str) ->
     name = config.name
     if name == "auto":
         name = "adamw8" if precision == "fp8" else "adamw"
-    if name == "adamw8":
-        from eightfold.optim import AdamW
+    if name in ("adamw8", "came8bit"):
+        from eightfold.optim import AdamW, CAME8bit
 
         limit = config.max_grad_norm or math.inf  # also with no limit: the log wants the norm
+        if name == "came8bit":
+            return CAME8bit(groups, lr=config.lr, betas=config.came_betas, eps=config.came_eps, max_grad_norm=limit)
         return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=limit)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
