@@ -91,7 +91,7 @@ def test_trajectory_is_a_plain_loop_with_diffusers(changes, given, device):
 
 
 @pytest.mark.parametrize("guidance", [1.0, 4.5])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp8"])
 def test_a_graph_is_what_runs_without_one(precision, guidance, device):
     """On the CPU there is no graph, and the same step runs twice."""
     model = tiny(precision).to(device)
@@ -120,6 +120,10 @@ def test_an_image_is_of_its_seed_and_text_alone():
     parts = sampler.sample(*one, **options, seeds=range(5), batch=2)
     torch.testing.assert_close(parts, many, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(many[3:], sampler.sample(*one, **options, seeds=[3, 4]), rtol=1e-5, atol=1e-5)
+    shared = sampler.sample(*inputs, **options, seeds=[0, 1, 8, 9, 4, 5], batch=4)  # two to each of three texts
+    for i, seed in enumerate([0, 1, 8, 9, 4, 5]):
+        own = inputs[0][i // 2 : i // 2 + 1], inputs[1][i // 2 : i // 2 + 1], *inputs[2:]
+        torch.testing.assert_close(sampler.sample(*own, **options, seeds=[seed])[0], shared[i], rtol=1e-5, atol=1e-5)
     assert (many[0] - many[1]).abs().max() > 0.1
     assert torch.equal(sampler.sample(*one, **options, seeds=range(5), batch=5), many)
     assert torch.equal(sampler.noise(7, (4, 4)), torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(7)))
@@ -221,13 +225,13 @@ def test_steps_are_told():
         ({"guidance": float("nan")}, "guidance: expected a finite number, got nan"),
         ({"batch": 0}, "batch: expected 1 or more, got 0"),
         ({"negative": None}, "negative: expected a text to lead away from with guidance 4.5, got None"),
-        ({"negative": torch.zeros(2, 3, 24)}, "negative: expected one for each of 3 seeds, or one for all, got 2"),
+        ({"negative": torch.zeros(2, 3, 24)}, "negative: expected a number that divides 3 seeds, got 2"),
         ({"negative": torch.zeros(24)}, r"negative: expected embeddings \[N, T, 24\], not empty, got \(24,\)"),
         ({"text": torch.zeros(3, 2, 8)}, r"text: expected embeddings \[N, T, 24\], not empty, got \(3, 2, 8\)"),
         ({"text": torch.zeros(0, 2, 24)}, r"text: expected embeddings \[N, T, 24\], not empty, got \(0, 2, 24\)"),
         ({"mask": torch.ones(3, 5)}, r"mask: expected \(3, 6\) as of text, got \(3, 5\)"),
         ({"negative_mask": torch.ones(1)}, r"negative_mask: expected \(1, 6\) as of negative, got \(1,\)"),
-        ({"seeds": [1, 2]}, "text: expected one for each of 2 seeds, or one for all, got 3"),
+        ({"seeds": [1, 2]}, "text: expected a number that divides 2 seeds, got 3"),
         ({"seeds": [1, 2, -1]}, "seeds: expected integers from 0 to 4294967295, got -1"),
         ({"seeds": [0, 1, 2**32]}, "seeds: expected integers from 0 to 4294967295, got 4294967296"),
         ({"seeds": []}, "seeds: expected integers from 0 to 4294967295, got none"),

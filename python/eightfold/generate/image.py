@@ -74,11 +74,11 @@ class ImageSampler:
         """Images, uint8 [N, height, width, 3] on the CPU, one for each of `seeds` (default 0, 1 and so on, one for each
         text); with `as_latents` what the decoder would be given, float32 [N, channels, rows, columns] on the device.
 
-        text, mask: as of `Sana.forward`, one for each image or one for all; or what `Sana.text_states` makes of them.
-        negative: likewise, what guidance leads away from: velocity = negative + guidance * (text - negative), both in
-        one batch. Guidance 1 is the text's velocity alone, and `negative` is not read; nor is it by models that embed
-        the guidance scale, which get it times their `guidance_embeds_scale`. Of texts of two lengths the shorter one is
-        padded.
+        text, mask: as of `Sana.forward`, or what `Sana.text_states` makes of them; with fewer texts than seeds the
+        first is that of as many seeds as fall to each, and so on. negative: likewise, what guidance leads away from:
+        velocity = negative + guidance * (text - negative), both in one batch. Guidance 1 is the text's velocity alone,
+        and `negative` is not read; nor is it by models that embed the guidance scale, which get it times their
+        `guidance_embeds_scale`. Of texts of two lengths the shorter one is padded.
 
         height, width: pixels, multiples of `ratio` times the patch. solver: "flow-dpm" or "flow-euler", with `steps`
         and `shift` (`generate.flow`). batch: images at once.
@@ -183,11 +183,11 @@ class ImageSampler:
 
 
 class _Texts:
-    """Texts, one for each image or one for all, each embedded by itself when it is asked for."""
+    """Texts, each for as many images in a row; embedded one by one when they are asked for."""
 
     def __init__(self, model: Sana, name: str, text: Tensor | TextStates, mask: Tensor | None):
         self._model, self._name, self._text, self._mask = model, name, text, mask
-        self._one: TextStates | None = None
+        self._row, self._last = -1, None
         mask_name, made = "mask" if name == "text" else f"{name}_mask", isinstance(text, TextStates)
         if made and mask is not None:
             raise ValueError(f"{mask_name}: expected None with states of a text, which have it, got a tensor")
@@ -200,20 +200,18 @@ class _Texts:
         self.rows, self.tokens = keys.shape[:2]
 
     def fit(self, images: int, length: int) -> None:
-        """Checks that there are texts for so many images; shorter ones will be padded to `length`."""
-        if self.rows not in (1, images):
-            wanted = f"one for each of {images} seeds, or one for all"
-            raise ValueError(f"{self._name}: expected {wanted}, got {self.rows}")
+        """Shares the texts out among so many images; shorter ones will be padded to `length`."""
+        if images % self.rows:
+            raise ValueError(f"{self._name}: expected a number that divides {images} seeds, got {self.rows}")
         if isinstance(self._text, TextStates) and self.tokens != length:
             raise ValueError(f"{self._name}: expected states of {length} tokens as of the other, got {self.tokens}")
-        self._missing = length - self.tokens
+        self._images, self._missing = images // self.rows, length - self.tokens
 
     def __getitem__(self, image: int) -> TextStates:
-        if self.rows > 1:
-            return self._states(image)
-        if self._one is None:
-            self._one = self._states(0)
-        return self._one
+        row = image // self._images
+        if row != self._row:
+            self._row, self._last = row, self._states(row)
+        return self._last
 
     def _states(self, row: int) -> TextStates:
         rows = slice(row, row + 1)
