@@ -8,11 +8,14 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
+from dc_ae_models import SMALL
 from eightfold import cli
 from eightfold.generate.image import ImageSampler
 from eightfold.generate.image_console import numbers
 from eightfold.generate.pictures import grid, picture, save_png
 from eightfold.generate.prompts import TABLE, Prompts, read_prompts, save_prompts
+from eightfold.models.dc_ae import DCAE
+from eightfold.models.dc_ae_loading import save_dc_ae
 from eightfold.models.sana import Sana
 from eightfold.models.sana_loading import load_sana, save_sana
 from plain_sana import TINY
@@ -116,6 +119,29 @@ def test_a_judge_that_raises(folder, tmp_path, capsys):
     lines = err.splitlines()
     assert lines[:-1] == [f"judge: 'bird', seed {i}: OSError: no answer" for i in range(10)]
     assert lines[-1] == "judge: failed for 12 of 12 images, which count as no"
+
+
+def test_decoder(folder, tmp_path, capsys):
+    """Of a pipeline's own folder, and of another one; one whose latents do not fit is refused before a step."""
+    pipeline, config = tmp_path / "pipeline", dataclasses.replace(TINY, sample_size=8)
+    save_sana(Sana(config, "fp32"), pipeline / "transformer")
+    decoder = DCAE(SMALL).eval()
+    save_dc_ae(decoder, pipeline / "vae")
+    table, output = folder / TABLE, tmp_path / "x.png"
+    assert generate(pipeline, "--embeddings", table, "--classes", "0", "--output", output) == 0
+    assert "done: 1 images of 32x32 in" in capsys.readouterr().out
+    first = output.read_bytes()
+    texts = read_prompts(table).rows([0])
+    given = texts.embeddings, texts.mask, texts.negative, texts.negative_mask
+    sampler = ImageSampler(load_sana(pipeline, "fp32"), decoder.decode, decoder.config.ratio)
+    want = picture(sampler.sample(*given, height=32, width=32, steps=2, seeds=[0])[0])
+    assert same(Image.open(output).crop((4, 4, 100, 100)).resize((32, 32), Image.Resampling.NEAREST), want)
+    flags = ("--embeddings", table, "--classes", "0", "--output", output, "--vae", pipeline / "vae")
+    assert generate(pipeline / "transformer", *flags) == 0
+    assert output.read_bytes() == first
+    capsys.readouterr()
+    assert generate(folder, *flags) == cli.USER_ERROR
+    assert "--vae: expected latents of 3 channels as the model's, got 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,9 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from eightfold.models.files import read_safetensors_file, write_file
+from eightfold.models.files import read_safetensors_file, write_file, write_safetensors
 
 TABLE = "embeddings.safetensors"  # in a model's folder: the texts or classes that it was trained on
 POSITIONS = 300
@@ -49,12 +48,8 @@ def save_prompts(prompts: Prompts, file: str | os.PathLike) -> Path:
     list. Written to a temporary name and renamed. OSError naming the file."""
     tensors = {name: getattr(prompts, name) for name in _TENSORS}
     kept = {name: tensor.detach().contiguous() for name, tensor in tensors.items() if tensor is not None}
-
-    def write(work: Path) -> None:
-        save_file(kept, work, metadata={"captions": json.dumps(prompts.captions)})
-        work.chmod(0o644)  # safetensors lets only its owner read it
-
-    return write_file(Path(file), write)
+    captions = {"captions": json.dumps(prompts.captions)}
+    return write_file(Path(file), lambda work: write_safetensors(kept, work, captions))
 
 
 def read_prompts(file: str | os.PathLike) -> Prompts:
