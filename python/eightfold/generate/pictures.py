@@ -18,7 +18,7 @@ _MARGIN, _FONT = 4, 12
 
 def picture(image: Tensor) -> Image.Image:
     """uint8 [H, W, 3] as an image of Pillow."""
-    return Image.fromarray(image.cpu().numpy(), "RGB")
+    return Image.fromarray(image.cpu().numpy())
 
 
 def grid(images: Sequence[Image.Image], captions: Sequence[str], columns: int) -> Image.Image:
