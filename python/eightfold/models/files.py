@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -98,9 +99,24 @@ def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
+def write_safetensors(tensors: dict[str, torch.Tensor], file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    save_file(tensors, file, metadata={"format": "pt", **(metadata or {})})
     file.chmod(0o644)  # safetensors lets only its owner read it
+
+
+def write_file(file: Path, write: Callable[[Path], object]) -> Path:
+    """Calls `write` with a temporary name beside `file`, which is then renamed to it; if that fails, nothing is left
+    and an older `file` stays as it was. Raises OSError naming the file."""
+    work = file.with_name(f".{file.name}.part")
+    try:
+        write(work)
+        os.replace(work, file)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
+        raise OSError(f"{file}: not saved: {error}") from None
+    finally:
+        with suppress(OSError):
+            work.unlink()
+    return file
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

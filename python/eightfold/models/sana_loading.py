@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
 from eightfold.models.files import (
     DIFFUSERS_STEM,
@@ -16,6 +15,7 @@ from eightfold.models.files import (
     read_config_file,
     read_diffusers,
     read_safetensors_file,
+    write_file,
     write_folder,
     write_json,
     write_safetensors,
@@ -139,15 +139,11 @@ def save_nvlabs(model: Sana, file: str | os.PathLike) -> Path:
     file, tensors = Path(file), sana_tensors(model, "nvlabs")
     if file.suffix not in (".safetensors", *PICKLED):
         raise ValueError(f"{file}: expected a name that ends with .safetensors or {', '.join(PICKLED)}")
-    work = file.with_name(f".{file.name}.part")
-    try:
+
+    def write(work: Path) -> None:
         if file.suffix == ".safetensors":
             write_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}, work)
         else:
             torch.save({"state_dict": tensors}, work)
-        os.replace(work, file)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a failed write as a RuntimeError
-        raise OSError(f"{file}: not saved: {error}") from None
-    finally:
-        work.unlink(missing_ok=True)
-    return file
+
+    return write_file(file, write)
