@@ -74,9 +74,10 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW: torch's own, or eightfold's with 8-bit states (adamw8); auto takes adamw8 for precision fp8."""
+    """AdamW: torch's own, or eightfold's with 8-bit states (adamw8); auto takes adamw8 for precision fp8. came8bit:
+    CAME, whose first moment has 8 bits; its betas have a third, 0.9999, and its eps are its own."""
 
-    name: Literal["auto", "adamw", "adamw8"] = "auto"
+    name: Literal["auto", "adamw", "adamw8", "came8bit"] = "auto"
     lr: PositiveFloat = 1e-4
     betas: tuple[float, float] = (0.9, 0.95)
     eps: PositiveFloat = 1e-8
