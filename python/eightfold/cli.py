@@ -71,6 +71,10 @@ def _info(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from eightfold.train.config import SHORTHANDS, load_config
 
+    if args.demo:
+        return _image_demo(args)
+    if args.images is not None:
+        raise ValueError("--images: expected with --demo image only")
     loaded = load_config(*_settings(args, SHORTHANDS))
 
     from eightfold.train.interrupt import Interrupted
@@ -84,6 +88,16 @@ def _train(args: argparse.Namespace) -> int:
         print(f"done: {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png", end="")
         print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
     return 0
+
+
+def _image_demo(args: argparse.Namespace) -> int:
+    from eightfold.train.image.demo import run
+    from eightfold.train.interrupt import Interrupted
+
+    try:
+        return run(Path(args.output or "image_demo_output"), args.steps, args.images and Path(args.images))
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
 
 
 def _rl(args: argparse.Namespace) -> int:
@@ -234,6 +248,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--precision", help="fp8, bf16 or fp32")
     train.add_argument("--objective", help="next-token (default), masked-diffusion or block-diffusion")
     train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--demo", choices=("image",), help="a tiny SANA learns to make pictures on a CPU, in minutes")
+    train.add_argument("--images", help="of --demo, folder or .zip of classes of pictures (default: drawn shapes)")
     train.set_defaults(run=_train)
 
     rl = commands.add_parser(
