@@ -147,7 +147,7 @@ def load_images(
             continue
         size = nearest_size(picture.size, sizes)
         decoded[size].append((digest, fitted(picture, size), kind))
-    hashed = hashlib.blake2b(repr((sizes, config.held_out, encoder and encoder.name)).encode(), digest_size=16)
+    hashed = hashlib.blake2b(repr((sizes, config.held_out, seed, encoder and encoder.name)).encode(), digest_size=16)
     train, held_out = [], []
     for place, (size, found) in enumerate(decoded.items()):
         if not found:

@@ -52,9 +52,7 @@ def run(output: Path, steps: int | None = None, images: Path | None = None) -> i
     print()
     if result.held_out:
         before, after = (result.held_out[step] for step in (min(result.held_out), max(result.held_out)))
-        print(
-            f"Held-out loss {before:.4f} before, {after:.4f} after {config.steps} steps of {config.batch_size} pictures;"
-        )
+        print(f"Held-out loss {before:.4f} before, {after:.4f} after {config.steps} steps;")
     print(f"{result.images_per_second:,.1f} pictures/s, {time.perf_counter() - start:.0f} s in all.")
     print(f"Samples: {output / 'samples.png'}; curve: {output / 'loss.png'}; model: {folder}")
     print(f"Go on:   eightfold sana train {output / 'config.yaml'} --resume latest steps={4 * config.steps}")
