@@ -134,5 +134,5 @@ def test_a_model_without_captions_grows_too(tmp_path, capsys):
     assert cli.main(["sana", "grow", str(tmp_path / "model"), str(tmp_path / "grown"), "--layers", "4"]) == 0
     assert load_sana(tmp_path / "grown", "fp32").config.num_layers == 4
     assert cli.main(["sana", "prune", str(tmp_path / "model"), str(tmp_path / "p"), "--layers", "1"]) == cli.USER_ERROR
-    assert "captions.safetensors: no such file" in capsys.readouterr().err
+    assert "embeddings.safetensors: no such file" in capsys.readouterr().err
     assert cli.main(["sana", "grow", str(tmp_path / "absent"), str(tmp_path / "g"), "--layers", "4"]) == cli.USER_ERROR

@@ -44,6 +44,9 @@ def test_it_learns_and_leaves_a_model(settings, tmp_path):
     model = load_image_model(folder, "fp32")
     assert model.captions.names == ("blue", "green", "red")
     assert model.captions.classes.shape == (3, 2, 8)
+    stored = load_file(folder / "embeddings.safetensors")
+    assert torch.equal(stored["embeddings"], model.captions.classes)
+    assert torch.equal(stored["negative"], model.captions.null)
     records = read_log(tmp_path / "run" / "log.jsonl")
     assert [record["loss"] for record in records if "loss" in record] == pytest.approx(result.losses)
 

@@ -19,7 +19,7 @@ from eightfold.train.image.shapes import draw_shapes
 
 STEPS = 600
 DRAWN = 200  # pictures of each class
-SIZE, SHIFT = 32, 1.0
+SIZE, SHIFT = 32, 3.0
 GUIDANCE, SAMPLER_STEPS, COLUMNS, ROWS = 2.5, 20, 8, 10
 WIDTH, LAYERS = 128, 5
 
@@ -55,6 +55,7 @@ def run(output: Path, steps: int | None = None, images: Path | None = None) -> i
         print(f"Held-out loss {before:.4f} before, {after:.4f} after {config.steps} steps;")
     print(f"{result.images_per_second:,.1f} pictures/s, {time.perf_counter() - start:.0f} s in all.")
     print(f"Samples: {output / 'samples.png'}; curve: {output / 'loss.png'}; model: {folder}")
+    print(f"Make:    eightfold generate {folder} --image --guidance {GUIDANCE} --output {output / 'pictures.png'}")
     print(f"Go on:   eightfold sana train {output / 'config.yaml'} --resume latest steps={4 * config.steps}")
     print(f"Prune:   eightfold sana prune {folder} {output / 'pruned'} --layers {LAYERS - 1}")
     return 0
@@ -84,7 +85,7 @@ def demo_config(images: Path, output: Path, steps: int) -> ImageConfig:
             "data": {"path": str(images), "resolution": SIZE, "held_out": 0.02},
             "flow": {"shift": SHIFT},
             "optimizer": {
-                "lr": 1.5e-3,
+                "lr": 2e-3,
                 "warmup_steps": min(50, steps // 2),
                 "max_grad_norm": 1.0,
                 "schedule": "cosine",

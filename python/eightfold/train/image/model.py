@@ -1,8 +1,8 @@
 """A SANA transformer with the captions it learns, as one module and as one folder.
 
-The folder is diffusers' (`models.sana_loading`), with captions.safetensors beside the weights: `null`, the embedding of
-the empty caption [tokens, channels], and for a model of classes `classes` [classes, tokens, channels]; the metadata has
-their names, a JSON list under "classes".
+The folder is diffusers' (`models.sana_loading`), with embeddings.safetensors beside the weights: `negative`, the
+embedding of the empty caption [tokens, channels], and for a model of classes `embeddings` [classes, tokens, channels];
+the metadata has their names, a JSON list under "captions".
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from eightfold.models.sana_keys import from_stored, to_stored
 from eightfold.models.sana_loading import STEM, load_sana, read_sana_config, write_sana
 from eightfold.train.image.captions import Captions
 
-CAPTIONS = "captions.safetensors"
+CAPTIONS = "embeddings.safetensors"
+_STORED = {"null": "negative", "classes": "embeddings"}  # of captions, ours and the file's
 _PARTS = ("sana.", "captions.")
 
 
@@ -76,15 +77,16 @@ def read_captions(folder: Path) -> Captions | None:
     tensors = read_safetensors_file(file)
     try:
         with safe_open(file, framework="pt") as opened:
-            names = json.loads((opened.metadata() or {}).get("classes", "[]"))
+            names = json.loads((opened.metadata() or {}).get("captions", "[]"))
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{file}: truncated or not a safetensors file: {error}") from None
-    null = tensors.get("null")
+    null = tensors.get("negative")
     if null is None or null.dim() != 2:
-        raise ValueError(f"{file}: null: expected 2 dimensions, got {None if null is None else tuple(null.shape)}")
+        raise ValueError(f"{file}: negative: expected 2 dimensions, got {None if null is None else tuple(null.shape)}")
     captions = Captions(null.shape[1], null.shape[0], tuple(names))
-    check_tensors(tensors, {name: tuple(each.shape) for name, each in captions.state_dict().items()}, file)
-    captions.load_state_dict(tensors, assign=True)
+    state = captions.state_dict()
+    check_tensors(tensors, {_STORED[name]: tuple(each.shape) for name, each in state.items()}, file)
+    captions.load_state_dict({name: tensors[_STORED[name]] for name in state}, assign=True)
     return captions.requires_grad_(True)
 
 
@@ -100,8 +102,8 @@ def write_image_model(model: ImageModel, folder: Path, tensors: Mapping[str, Ten
     state = {name: tensor.detach() for name, tensor in (tensors or model.state_dict()).items()}
     sana, captions = ({n.removeprefix(part): t for n, t in state.items() if n.startswith(part)} for part in _PARTS)
     write_sana(model.config, to_stored(sana, "diffusers", model.config), folder)
-    names = {"classes": json.dumps(model.captions.names)}
-    save_file({name: tensor.contiguous() for name, tensor in captions.items()}, folder / CAPTIONS, names)
+    names = {"captions": json.dumps(model.captions.names)}
+    save_file({_STORED[name]: tensor.contiguous() for name, tensor in captions.items()}, folder / CAPTIONS, names)
     (folder / CAPTIONS).chmod(0o644)
 
 
