@@ -96,7 +96,10 @@ def _sana_train(args: argparse.Namespace) -> int:
     from eightfold.train.image.config import SHORTHANDS, load_image_config
     from eightfold.train.interrupt import Interrupted
 
-    loaded = load_image_config(*_settings(args, SHORTHANDS))
+    config, overrides = _settings(args, SHORTHANDS)
+    if args.model is not None:  # instead of the one that the file names
+        overrides += ["model.released=null", "model.sizes=null"]
+    loaded = load_image_config(config, overrides)
 
     from eightfold.train.image.loop import train_image
 

@@ -1,6 +1,7 @@
 """Growth keeps the output of the kept blocks exactly; pruning finds the blocks that do nothing."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,8 +9,10 @@ import torch
 from eightfold import cli
 from eightfold.models.sana_loading import load_sana, save_sana
 from eightfold.train.image.growth import grow, with_blocks
+from eightfold.train.image.loop import model_folder
 from eightfold.train.image.model import load_image_model, save_image_model
 from eightfold.train.image.prune import most_important, prune, watch_blocks
+from eightfold.train.report import read_log
 from small_image_model import image_model, inputs
 
 
@@ -126,6 +129,19 @@ def test_grow_and_prune_on_folders(tmp_path, capsys):
     pruned = load_image_model(tmp_path / "pruned", "fp32")
     for name, tensor in pruned.state_dict().items():
         assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_grown_model_is_trained_by_the_file_that_trained_the_first(tmp_path, capsys, settings):
+    (tmp_path / "config.yaml").write_text(json.dumps({**settings, "steps": 1}))  # JSON is YAML
+    train = ["sana", "train", str(tmp_path / "config.yaml")]
+    assert cli.main(train) == 0
+    folders = [str(tmp_path / "run"), str(tmp_path / "grown")]
+    assert cli.main(["sana", "grow", *folders, "--layers", "3", "--keep", "2"]) == 0
+    assert cli.main([*train, "--model", folders[1], "--output", str(tmp_path / "second")]) == 0
+    assert load_image_model(model_folder(tmp_path / "second")).config.num_layers == 3
+    records = [read_log(tmp_path / run / "log.jsonl") for run in ("run", "second")]
+    mean = [record["mean_held_out_loss"] for record in records[0] if "mean_held_out_loss" in record]
+    assert records[1][0]["held_out_loss"] == pytest.approx(mean[-1], rel=1e-6)
 
 
 def test_a_model_without_captions_grows_too(tmp_path, capsys):
