@@ -77,12 +77,13 @@ class _ImageRun(Run):
     def __init__(self, config: ImageConfig, sana: Sana | None, encoder: Encoder | None, world: World, name: str):
         self.config, self.world, self.units_of_step = config, world, config.batch_size
         folder = None if config.model.path is None else model_folder(config.model.path)
+        made = sana is None and folder is None
         sana = make_sana(config.model, folder) if sana is None else sana
         sizes = sana.config
         if sizes.in_channels != sizes.out_channels or sizes.guidance_embeds:
             raise ValueError("model: expected as many out_channels as in_channels, and guidance_embeds false")
         self.text = None if config.captions.path is None else TextFile(config.captions.path, config.captions)
-        if folder is None and self.text is None:  # 0.01 is for the large hidden states of text encoders
+        if made and self.text is None:  # 0.01 is for the large hidden states of text encoders
             torch.nn.init.ones_(sana.caption_norm.weight)
         if self.text is not None and self.text.channels != sizes.caption_channels:
             raise ValueError(
@@ -101,9 +102,9 @@ class _ImageRun(Run):
         )
         self.model = ImageModel(sana, self._captions(folder, sizes)).to(world.device)
         self.model.to({"fp32": torch.float32, "bf16": torch.bfloat16}[config.model.parameters])
-        sana.compute.tokens.add_to_grad = config.model.precision == "fp8"
+        sana.compute.tokens.add_to_grad = sana.precision == "fp8"
         self.micro = config.micro_batch_size or config.batch_size
-        self.optimizer = make_optimizer(self.model, config.optimizer, config.model.precision)
+        self.optimizer = make_optimizer(self.model, config.optimizer, sana.precision)
         self.mean = WeightMean(self.model, config.ema, config.seed) if config.ema.decay else None
         self.cursor = self.data.cursor(config.batch_size)
         self.result = ImageResult(skipped=self.data.skipped)
