@@ -7,6 +7,7 @@ FAMILIES = (
     "rotary",
     "attention",
     "block_attention",
+    "linear_attention",
     "gemm",
     "gemm_small",
     "loss",
@@ -14,4 +15,10 @@ FAMILIES = (
     "confidence",
     "optim",
 )
-LONG = ("step", "decode", "rl", "diffusion")  # whole layers, steps and models, with compiles: minutes, so only by name
+LONG = (
+    "step",
+    "decode",
+    "rl",
+    "rl_training",
+    "diffusion",
+)  # whole layers, steps and models, with compiles: minutes, so only by name

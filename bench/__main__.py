@@ -17,6 +17,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     parser.add_argument("--results", type=Path, help="also write JSON lines under this folder")
     parser.add_argument("--commit", help="what the results are of, where there is no git checkout")
+    parser.add_argument(
+        "--kernels",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of decode and rl_training on a GPU: also the N longest kernels",
+    )
     options = parser.parse_args(arguments)
     whole = [name for name in (*FAMILIES, *LONG) if name != "step"]
     steps = set(options.families) - set(whole)
@@ -34,7 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         }
     chosen = [name for name in runs if name in options.families or name not in whole]
     for name in chosen or FAMILIES:
-        bench = Bench(options.device)
+        bench = Bench(options.device, kernels=options.kernels)
         runs[name](bench)
         bench.report(name if name in whole else f"step-{name}", options.results, options.commit)
 

@@ -58,7 +58,8 @@ class Line:
 class Bench:
     """Times cases on one device; `ceilings()` are measured when it is made and again when it reports."""
 
-    def __init__(self, device: str | None = None, rounds: int = 20):
+    def __init__(self, device: str | None = None, rounds: int = 20, kernels: int = 0):
+        self.kernels = kernels  # how many a family that can shall print of a run
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.rounds = rounds if self.device.type == "cuda" else max(3, rounds // 4)
         self.flush = (

@@ -23,6 +23,7 @@ from eightfold.models.rotary import inverse_frequencies, rotary_tables
 from eightfold.train.rl.batches import Sample, pack
 
 from .common import Bench, Case, replayed
+from .kernel_times import KernelTimes
 from .plain import rotate
 
 QWEN3_8B = DecoderConfig("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, max_position_embeddings=40960)
@@ -54,6 +55,8 @@ def run(bench: Bench) -> None:
                         graph=False,
                     )
                 )
+                if bench.kernels and cuda:
+                    print(KernelTimes(step.launch).table(bench.kernels))
         del peer
 
 

@@ -9,7 +9,7 @@ import torch
 # The first class one of whose words is in a kernel's name takes it.
 CLASSES = {
     "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
-    "optimizer": ("adamw", "multi_tensor", "dre_"),
+    "optimizer": ("adamw", "came_", "multi_tensor", "dre_"),
     "GEMM": ("fp8_gemm", "gemm", "cutlass", "nvjet", "cublas", "splitk", "_mm_"),
     "casts, norms, SwiGLU": (
         "_cast",
@@ -34,7 +34,8 @@ def class_of(kernel: str) -> str:
 
 
 class KernelTimes:
-    """Kernels of `repeats` runs: milliseconds a run by class and by name, launches a run, and the idle share.
+    """Kernels of `repeats` runs: milliseconds a run by class and by name, launches a run, and the idle share. A kernel
+    that starts while one before it still runs counts from that one's end.
 
     The idle share is of `wall_ms`, a run's time without the profiler, which slows the host; measured where not given.
     """
@@ -57,10 +58,11 @@ class KernelTimes:
         self.launches: Counter[str] = Counter()
         busy, reached = 0.0, events[0][0] if events else 0.0
         for start, end, name in events:
-            self.by_class[class_of(name)] += (end - start) / repeats / 1e3
-            self.by_name[name] += (end - start) / repeats / 1e3
+            alone = max(0.0, end - max(start, reached))
+            self.by_class[class_of(name)] += alone / repeats / 1e3
+            self.by_name[name] += alone / repeats / 1e3
             self.launches[name] += 1 / repeats
-            busy += max(0.0, end - max(start, reached))
+            busy += alone
             reached = max(reached, end)
         self.wall_ms = wall_ms
         self.idle_share = max(0.0, 1 - busy / repeats / 1e3 / wall_ms)

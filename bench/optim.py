@@ -1,12 +1,16 @@
-"""AdamW with 8-bit states, multi-tensor. Floor: 10.2 (bf16 parameters and gradients) or 16.2 bytes a parameter.
+"""AdamW with 8-bit states and CAME with an 8-bit first moment, multi-tensor.
 
-Read: parameter, gradient, two codes and their metadata; written: parameter, two codes, metadata. Vectors have float32
-states. Each set is timed on the device alone and, "wall", from the host's call to the end of the work.
+AdamW reads parameter, gradient, two codes and their metadata, and writes parameter, two codes, metadata: 10.2 bytes a
+parameter with bf16 parameters and gradients, 16.2 with fp32. CAME's means and its clipping need the gradient three
+times and the moment twice: 13 and 23 bytes. Vectors have float32 states. Each set is timed on the device alone and,
+"wall", from the host's call to the end of the work.
 """
 
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,44 +28,77 @@ LIBRARIES = {
     "bitsandbytes AdamW8bit": ("bitsandbytes.optim", "AdamW8bit"),
     "torchao AdamW8bit": ("torchao.optim", "AdamW8bit"),
     "torchao AdamWFp8": ("torchao.optim", "AdamWFp8"),
+    "came_pytorch CAME": ("came_pytorch", "CAME"),
 }
-
-
-def run(bench: Bench) -> None:
-    if bench.device.type == "cpu":
-        for dtype in (torch.bfloat16, torch.float32):
-            _add(bench, CPU_SET, dtype, [_torch_fused(dtype)])
-        return
-    libraries = [_library(name) for name in LIBRARIES]
-    _add(bench, LLAMA_1B, torch.bfloat16, [_torch_fused(torch.bfloat16), _torch_fused(torch.float32), *libraries])
-    _add(bench, LLAMA_1B, torch.float32, [_torch_fused(torch.float32), *libraries])
-    # All peers' states at once would not fit beside 7B parameters and gradients.
-    for peer in (_torch_fused(torch.bfloat16), _library("bitsandbytes AdamW8bit")):
-        _add(bench, LLAMA_7B, torch.bfloat16, [peer])
 
 
 Peer = Callable[[list[torch.nn.Parameter]], dict[str, Run]]
 
 
-def _add(bench: Bench, shapes: Shapes, dtype: torch.dtype, peers: list[Peer]) -> None:
-    size = dtype.itemsize
-    eight_bit = sum(math.prod(s) for s in shapes if len(s) > 1)
-    plain = sum(math.prod(s) for s in shapes if len(s) == 1)
+@dataclass
+class Ours:
+    """An optimizer of this package; bytes of a step a parameter of a matrix and of a vector, by the dtype's size."""
+
+    op: str
+    make: Callable[..., torch.optim.Optimizer]
+    matrix_bytes: Callable[[int], float]
+    vector_bytes: Callable[[int], float]
+    exact: Callable[..., torch.optim.Optimizer]  # the same with float32 states
+
+
+ADAMW = Ours(
+    "adamw_dre",
+    eightfold.optim.AdamW,
+    lambda size: 3 * size + 4 + 2 * 2 * 5 / 128,
+    lambda size: 3 * size + 16 + (8 if size == 2 else 0),
+    torch.optim.AdamW,
+)
+CAME = Ours(
+    "came8bit",
+    eightfold.optim.CAME8bit,
+    lambda size: 5 * size + 3,
+    lambda size: 4 * size + 20,
+    partial(eightfold.optim.CAME8bit, quantize_above=1 << 40),
+)
+
+
+def run(bench: Bench) -> None:
+    if bench.device.type == "cpu":
+        for ours in (ADAMW, CAME):
+            for dtype in (torch.bfloat16, torch.float32):
+                _add(bench, ours, CPU_SET, dtype, [_torch_fused(dtype)])
+        return
+    libraries = [_library(name) for name in LIBRARIES if "Adam" in name]
+    _add(
+        bench, ADAMW, LLAMA_1B, torch.bfloat16, [_torch_fused(torch.bfloat16), _torch_fused(torch.float32), *libraries]
+    )
+    _add(bench, ADAMW, LLAMA_1B, torch.float32, [_torch_fused(torch.float32), *libraries])
+    for dtype in (torch.bfloat16, torch.float32):
+        _add(bench, CAME, LLAMA_1B, dtype, [_torch_fused(dtype), _library("came_pytorch CAME")])
+    # All peers' states at once would not fit beside 7B parameters and gradients.
+    for peer in (_torch_fused(torch.bfloat16), _library("bitsandbytes AdamW8bit")):
+        _add(bench, ADAMW, LLAMA_7B, torch.bfloat16, [peer])
+    _add(bench, CAME, LLAMA_7B, torch.bfloat16, [_torch_fused(torch.bfloat16)])
+
+
+def _add(bench: Bench, ours: Ours, shapes: Shapes, dtype: torch.dtype, peers: list[Peer]) -> None:
+    matrices = sum(math.prod(s) for s in shapes if len(s) > 1)
+    vectors = sum(math.prod(s) for s in shapes if len(s) == 1)
     parameters = _parameters(shapes, dtype, bench.device)
-    ours = eightfold.optim.AdamW(parameters, lr=1e-4).step
+    step = ours.make(parameters, lr=1e-4).step
     runs = {name: step for peer in peers for name, step in peer(parameters).items()}
-    ops: dict[str, Callable[[Run], Run]] = {"adamw_dre": lambda step: step}
+    ops: dict[str, Callable[[Run], Run]] = {ours.op: lambda step: step}
     if bench.device.type == "cuda":
-        ops["adamw_dre wall"] = _from_idle
+        ops[f"{ours.op} wall"] = _from_idle
     for op, wrap in ops.items():
         bench.add(
             Case(
                 op,
-                f"{len(shapes)} tensors {(eight_bit + plain) / 1e9:.2f} G {_short(dtype)}",
-                ours=wrap(ours),
-                error=lambda: _error(bench.device),
+                f"{len(shapes)} tensors {(matrices + vectors) / 1e9:.2f} G {_short(dtype)}",
+                ours=wrap(step),
+                error=lambda: _error(ours, bench.device),
                 tolerance=0.05,
-                bytes=eight_bit * (3 * size + 4 + 2 * 2 * 5 / 128) + plain * (3 * size + 16 + (8 if size == 2 else 0)),
+                bytes=matrices * ours.matrix_bytes(dtype.itemsize) + vectors * ours.vector_bytes(dtype.itemsize),
                 peers={name: wrap(step) for name, step in runs.items()},
                 graph=False,
                 queue_cycles=QUEUE_CYCLES,
@@ -115,14 +152,14 @@ def _library(name: str) -> Peer:
     return make
 
 
-def _error(device: torch.device) -> float:
-    """Distance of 20 steps' total update from torch's fp32 AdamW, relative to that update."""
+def _error(ours: Ours, device: torch.device) -> float:
+    """Distance of 20 steps' total update from that with float32 states, relative to that update."""
     updates = []
-    for optimizer_class in (eightfold.optim.AdamW, torch.optim.AdamW):
+    for make in (ours.make, ours.exact):
         torch.manual_seed(0)
         parameter = torch.nn.Parameter(torch.randn(256, 512, device=device))
         start = parameter.detach().clone()
-        optimizer = optimizer_class([parameter], lr=1e-3)
+        optimizer = make([parameter], lr=1e-3)
         for _ in range(20):
             parameter.grad = torch.randn_like(parameter)
             optimizer.step()

@@ -22,7 +22,8 @@ from .common import Bench
 from .decode import QWEN3_8B, SMALL, random_decoder
 
 SIZES, CPU_SIZES = (64, 512, 2048), (2, 8, 8)  # sequences, tokens of a prompt and of a completion
-MICRO_BATCHES = ((4, False), (2, False), (1, False), (4, True))  # sequences, whether layers are computed again
+# Sequences, and whether layers are computed again.
+MICRO_BATCHES = ((4, False), (3, False), (2, False), (1, False), (4, True))
 PAGE = 64
 
 

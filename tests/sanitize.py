@@ -138,6 +138,32 @@ def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:
             stochastic,
             7,
         )
+    for quantized in (True, False):
+        for matrices in (True, False):
+            rows, cols = ([torch.rand(s[i] if matrices else 0, device="cuda") for s in shapes] for i in range(2))
+            in_bytes = quantized and matrices
+            op.came8bit_(
+                params,
+                grads,
+                [torch.zeros(p.shape, device="cuda", dtype=torch.uint8 if in_bytes else torch.float32) for p in params],
+                [torch.zeros(-(-p.numel() // 2048) if in_bytes else 0, 2, device="cuda") for p in params],
+                rows if matrices else [torch.rand(p.shape, device="cuda") for p in params],
+                cols,
+                [t.clone() for t in rows],
+                [t.clone() for t in cols],
+                [0] * len(params),
+                steps,
+                lr,
+                scale,
+                0.9,
+                0.999,
+                0.9999,
+                1e-30,
+                1e-16,
+                1.0,
+                0.1,
+                7,
+            )
 
 
 def attends(lengths, heads, kv_heads, dim, page_size):
@@ -198,6 +224,18 @@ def blocks(places, rows, heads, kv_heads, dim, room):
             op.block_attention(q, *own, *caches, at, lengths, 0.1)
 
 
+def linear(batch: int, tokens: int, heads: int, dim: int) -> None:
+    """Rows of a packed projection, with and without a mask and carried states."""
+    qkv = torch.randn(batch, tokens, 3, heads, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = qkv.unbind(2)
+    mask = torch.rand(batch, tokens, device="cuda") < 0.5
+    out, *states = op.linear_attention(q, k, v)
+    for rest in ((), (mask, *states)):
+        op.linear_attention(q, k, v, *rest)
+        op.linear_attention_quantize(q, k, v, *rest)
+        op.linear_attention_backward(out, q, k, v, *states, *rest)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in FORMATS:
@@ -221,6 +259,8 @@ if __name__ == "__main__":
     blocks([(700, 1312), (1, 33)], 32, 28, 4, 128, 1312)
     blocks([(16, 17), (47, 48), (-9, 40), (90, 90)], 1, 6, 2, 96, 48)
     blocks([(3, 100)], 64, 5, 5, 128, 112)
+    for shape in ((1, 1, 1, 32), (2, 300, 5, 32), (1, 4200, 3, 64), (1, 130, 2, 128)):
+        linear(*shape)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)

@@ -71,6 +71,18 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "block_attention(Tensor q, Tensor? k, Tensor? v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor(c!)? k_scales, Tensor(d!)? "
       "v_scales, Tensor at, Tensor lengths, float scale) -> Tensor");
 
+  // linear_attention: q, k, v [batch, tokens, heads, dim]; a state's gradient is that of the one that came in
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? state=None, Tensor? normalizer=None, float "
+      "eps=1e-15) -> (Tensor out, Tensor state_out, Tensor normalizer_out)");
+  m.def(
+      "linear_attention_quantize(Tensor q, Tensor k, Tensor v, Tensor? key_mask=None, Tensor? state=None, Tensor? normalizer=None, "
+      "float eps=1e-15) -> (Tensor codes, Tensor scales, Tensor state_out, Tensor normalizer_out)");
+  m.def(
+      "linear_attention_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor state_out, Tensor normalizer_out, Tensor? "
+      "key_mask=None, Tensor? dstate_out=None, Tensor? dnormalizer_out=None, float eps=1e-15) -> (Tensor dqkv, Tensor dstate, Tensor "
+      "dnormalizer)");
+
   // loss
   m.def(
       "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16, Tensor? temperatures=None) "
@@ -94,7 +106,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "uncover_(Tensor(a!) tokens, Tensor at, Tensor ids, Tensor confidence, Tensor(b!) left, int mask_id, float? threshold=None, float? "
       "factor=None, Tensor? counts=None, Tensor? eos_ids=None, Tensor(c!)? ended=None, bool last_too=False) -> ()");
 
-  // optim: 8-bit states with dynamic range expansion
+  // optim: 8-bit states
   m.def("dre_quantize(Tensor x, int row_length) -> (Tensor codes, Tensor maxima, Tensor exponents)");
   m.def("dre_dequantize(Tensor codes, Tensor maxima, Tensor exponents, int row_length) -> Tensor");
   m.def(
@@ -102,4 +114,8 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "Tensor(e!)[] m_exponents, Tensor(f!)[] v_codes, Tensor(g!)[] v_maxima, Tensor(h!)[] v_exponents, int[] row_lengths, int[] "
       "offsets, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, float eps, float weight_decay, bool "
       "stochastic_states, int seed) -> ()");
+  m.def(
+      "came8bit_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] m, Tensor(c!)[] m_scales, Tensor(d!)[] v_rows, Tensor(e!)[] v_cols, "
+      "Tensor(f!)[] u_rows, Tensor(g!)[] u_cols, int[] offsets, Tensor[] steps, Tensor lr, Tensor? grad_scale, float beta1, float beta2, "
+      "float beta3, float eps1, float eps2, float clip_threshold, float weight_decay, int seed) -> ()");
 }

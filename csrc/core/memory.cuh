@@ -65,6 +65,17 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// 16 bytes, zeros where nothing `exists` at `from`, which is then not read.
+__device__ __forceinline__ void copy_async_or_zero(uint32_t to, const void* from, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(exists ? 16 : 0) : "memory");
+}
+// Ends a batch of a thread's copies; waits until at most kPending batches are under way.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wait_for_copy_batches() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
 // Adds four floats, given by their bits, without waiting for the sums.
 __device__ __forceinline__ void add_global(float* address, uint4 v) {
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(address), "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)),

@@ -4,11 +4,13 @@
 #include "core/threads.h"
 #include "optim/adamw_dre.h"
 #include "optim/dre_group_cpu.h"
+#include "optim/elements_cpu.h"
 
 namespace eightfold {
 namespace {
 
 constexpr int64_t kGrain = 64;  // groups a thread takes at least
+static_assert(kDreGroup <= kRandomSpan);
 
 struct Work {
   const AdamwTensor* tensor;
@@ -19,35 +21,6 @@ struct Work {
   PhiloxKeys keys;
   int64_t first_group, groups_per_row;
 };
-
-// For elements [first, first + count): the 16 bits that round a parameter (purpose 0), or the word that rounds its states (1).
-template <uint32_t kPurpose>
-EF_HD void fill_random(uint32_t* random, int count, uint64_t first, uint32_t step, const PhiloxKeys& keys) {
-  constexpr int kPerBlock = kPurpose == 0 ? 8 : 4;
-  uint32_t all[kDreGroup + 2 * kPerBlock];
-  const uint64_t block = first / kPerBlock;
-  const int skip = static_cast<int>(first % kPerBlock), blocks = (skip + count + kPerBlock - 1) / kPerBlock;
-  for (int b = 0; b < blocks; ++b) {
-    const PhiloxWords four = random_words(block + b, step, kPurpose, keys);
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (kPurpose == 0)
-        all[8 * b + 2 * i] = four.w[i] & 0xFFFFu, all[8 * b + 2 * i + 1] = four.w[i] >> 16;
-      else
-        all[4 * b + i] = four.w[i];
-    }
-  }
-  for (int i = 0; i < count; ++i) random[i] = all[skip + i];
-}
-
-EF_HD void load(const void* source, DType type, int64_t begin, int count, float* out) {
-  if (type == DType::f32) {
-    const float* p = static_cast<const float*>(source) + begin;
-    for (int i = 0; i < count; ++i) out[i] = p[i];
-  } else {
-    const uint16_t* p = static_cast<const uint16_t*>(source) + begin;
-    for (int i = 0; i < count; ++i) out[i] = bf16_to_float(p[i]);
-  }
-}
 
 EF_HD void update(const Work& work, int count, const float* g, float* p, float* m, float* v) {
   const AdamwConstants c = work.constants;
@@ -72,9 +45,7 @@ EF_HD void store_param(const Work& work, int64_t begin, int count, const float* 
   if (t.master) {
     for (int i = 0; i < count; ++i) out[i] = float_to_bf16(p[i]);
   } else {
-    uint32_t random[kDreGroup];
-    fill_random<0>(random, count, static_cast<uint64_t>(t.offset + begin), work.step, work.keys);
-    for (int i = 0; i < count; ++i) out[i] = float_to_bf16_stochastic(p[i], random[i]);
+    store_stochastic(out, count, p, static_cast<uint64_t>(t.offset + begin), work.step, work.keys);
   }
 }
 

@@ -71,9 +71,9 @@ struct Inputs {
 
   int64_t at;  // of this lane's first element
   int count;   // of elements from there to the end of the group
-  adamw::Pack<Value, kWidth> p[kPacks];
-  adamw::Pack<Grad, kWidth> g[kPacks];
-  adamw::Pack<uint8_t, kWidth> m[kPacks], v[kPacks];
+  optim::Pack<Value, kWidth> p[kPacks];
+  optim::Pack<Grad, kWidth> g[kPacks];
+  optim::Pack<uint8_t, kWidth> m[kPacks], v[kPacks];
   float m_maximum, v_maximum;
   uint32_t m_exponent, v_exponent;
 
@@ -97,10 +97,10 @@ struct Inputs {
     const Value* p_at = (kMaster ? reinterpret_cast<const Value*>(t.master) : static_cast<const Value*>(t.param)) + at;
 #pragma unroll
     for (int j = 0; j < kPacks; ++j) {
-      m[j] = adamw::load_pack<uint8_t, kWidth>(m_at + behind(j), count - behind(j), whole);
-      v[j] = adamw::load_pack<uint8_t, kWidth>(v_at + behind(j), count - behind(j), whole);
-      g[j] = adamw::load_pack<Grad, kWidth>(g_at + behind(j), count - behind(j), whole);
-      p[j] = adamw::load_pack<Value, kWidth>(p_at + behind(j), count - behind(j), whole);
+      m[j] = optim::load_pack<uint8_t, kWidth>(m_at + behind(j), count - behind(j), whole);
+      v[j] = optim::load_pack<uint8_t, kWidth>(v_at + behind(j), count - behind(j), whole);
+      g[j] = optim::load_pack<Grad, kWidth>(g_at + behind(j), count - behind(j), whole);
+      p[j] = optim::load_pack<Value, kWidth>(p_at + behind(j), count - behind(j), whole);
     }
     m_maximum = t.m_maxima[group], m_exponent = t.m_exponents[group];
     v_maximum = t.v_maxima[group], v_exponent = t.v_exponents[group];
@@ -176,19 +176,19 @@ __global__ void __launch_bounds__(kThreads, (Inputs<Param, kMaster, Grad, kGener
       }
       const int left = count - In::behind(j);
       if constexpr (sizeof(typename In::Value) == 4) {
-        adamw::Pack<float, kWidth> pack;
+        optim::Pack<float, kWidth> pack;
 #pragma unroll
         for (int i = 0; i < kWidth; ++i) pack.words[i] = float_bits(p[i]);
-        adamw::store_pack((kMaster ? t.master : static_cast<float*>(t.param)) + at + In::behind(j), pack, left, whole);
+        optim::store_pack((kMaster ? t.master : static_cast<float*>(t.param)) + at + In::behind(j), pack, left, whole);
         if constexpr (kMaster && std::is_same_v<Param, float>)
-          adamw::store_pack(static_cast<float*>(t.param) + at + In::behind(j), pack, left, whole);
+          optim::store_pack(static_cast<float*>(t.param) + at + In::behind(j), pack, left, whole);
       } else {
         const uint64_t element = t.offset + static_cast<uint64_t>(at + In::behind(j));
-        const PhiloxWords random = adamw::param_bits(element, s.step, launch.keys, whole);
-        adamw::store_pack(static_cast<uint16_t*>(t.param) + at + In::behind(j), adamw::round_stochastically(p, random), left, whole);
+        const PhiloxWords random = optim::param_bits(element, s.step, launch.keys, whole);
+        optim::store_pack(static_cast<uint16_t*>(t.param) + at + In::behind(j), optim::round_stochastically(p, random), left, whole);
       }
       if constexpr (kMaster && sizeof(Param) == 2)
-        adamw::store_pack(static_cast<uint16_t*>(t.param) + at + In::behind(j), adamw::round_to_nearest<kWidth>(p), left, whole);
+        optim::store_pack(static_cast<uint16_t*>(t.param) + at + In::behind(j), optim::round_to_nearest<kWidth>(p), left, whole);
     }
 
     const uint32_t this_group = group;
@@ -215,32 +215,32 @@ __global__ void __launch_bounds__(kThreads, (Inputs<Param, kMaster, Grad, kGener
       const dre::Encoder m_random(m_scale), v_random(v_scale);
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
-        adamw::Pack<uint8_t, kWidth> m_codes, v_codes;
+        optim::Pack<uint8_t, kWidth> m_codes, v_codes;
 #pragma unroll
         for (int quad = 0; quad < kWidth / 4; ++quad) {
           const uint64_t element = t.offset + static_cast<uint64_t>(at + In::behind(j) + 4 * quad);
-          const PhiloxWords random = adamw::state_bits(element, s.step, launch.keys, whole);
+          const PhiloxWords random = optim::state_bits(element, s.step, launch.keys, whole);
           float fresh_m[4], fresh_v[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) fresh_m[i] = m[j][4 * quad + i] * c.m_unit, fresh_v[i] = v[j][4 * quad + i] * c.v_unit;
           m_codes.words[quad] = m_random.stochastic(fresh_m, random.w, 0, m_scale);
           v_codes.words[quad] = v_random.stochastic(fresh_v, random.w, 16, v_scale);
         }
-        adamw::store_pack(t.m_codes + at + In::behind(j), m_codes, count - In::behind(j), whole);
-        adamw::store_pack(t.v_codes + at + In::behind(j), v_codes, count - In::behind(j), whole);
+        optim::store_pack(t.m_codes + at + In::behind(j), m_codes, count - In::behind(j), whole);
+        optim::store_pack(t.v_codes + at + In::behind(j), v_codes, count - In::behind(j), whole);
       }
     } else {
 #pragma unroll
       for (int j = 0; j < kPacks; ++j) {
         const int left = count - In::behind(j);
-        adamw::Pack<uint8_t, kWidth> m_codes, v_codes;
+        optim::Pack<uint8_t, kWidth> m_codes, v_codes;
 #pragma unroll
         for (int quad = 0; quad < kWidth / 4; ++quad) {
           m_codes.words[quad] = m_encoder.template quad<true>(m[j] + 4 * quad);
           v_codes.words[quad] = v_encoder.template quad<false>(v[j] + 4 * quad);
         }
-        adamw::store_pack(t.m_codes + at + In::behind(j), m_codes, left, whole);
-        adamw::store_pack(t.v_codes + at + In::behind(j), v_codes, left, whole);
+        optim::store_pack(t.m_codes + at + In::behind(j), m_codes, left, whole);
+        optim::store_pack(t.v_codes + at + In::behind(j), v_codes, left, whole);
       }
     }
   }

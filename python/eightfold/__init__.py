@@ -8,12 +8,16 @@ import importlib
 
 from eightfold import ops, reference
 from eightfold.ops import (
+    LinearAttentionState,
     QuantizedTensor,
     attention,
     block_attention,
     build_info,
     fp8_gemm,
     fp8_gemm_accumulate_,
+    linear_attention,
+    linear_attention_packed,
+    linear_attention_quantize,
     lm_head_confidence,
     paged_attention,
     paged_store_,
@@ -25,12 +29,16 @@ from eightfold.ops import (
 
 __version__ = "0.1.0"
 __all__ = [
+    "LinearAttentionState",
     "QuantizedTensor",
     "attention",
     "block_attention",
     "build_info",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "linear_attention",
+    "linear_attention_packed",
+    "linear_attention_quantize",
     "lm_head_confidence",
     "nn",
     "ops",

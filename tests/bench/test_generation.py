@@ -49,6 +49,14 @@ def test_rl(bench, tmp_path, capsys):
     assert out.count("max |delta log p| 0.0") >= 2  # the two flows in FP8
 
 
+def test_rl_training(bench, tmp_path, capsys):
+    bench.__main__.main(["rl_training", "--device", "cpu", "--results", str(tmp_path)])
+    (found,) = (record["step"] for record in records(tmp_path / "cpu" / "rl_training.jsonl") if "step" in record)
+    assert set(found["runs"]) == {"ours", "bf16"}
+    assert all(run["ms_a_sequence"] == run["ms"] / run["sequences"] > 0 for run in found["runs"].values())
+    assert "bf16 / ours: " in capsys.readouterr().out
+
+
 def test_diffusion(bench, tmp_path):
     bench.__main__.main(["diffusion", "--device", "cpu", "--results", str(tmp_path)])
     found = records(tmp_path / "cpu" / "diffusion.jsonl")

@@ -10,7 +10,7 @@ import torch
 from diffusers import SanaTransformer2DModel
 from safetensors.torch import load_file, save_file
 
-from eightfold.models import sana_loading
+from eightfold.models import files
 from eightfold.models.sana import Sana, SanaConfig
 from eightfold.models.sana_keys import config_of_nvlabs
 from eightfold.models.sana_loading import build_sana, load_sana, sana_tensors, save_nvlabs, save_sana
@@ -116,7 +116,7 @@ def test_a_failed_save_leaves_the_old_model(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(sana_loading, "save_file", full)
+    monkeypatch.setattr(files, "save_file", full)
     for save, name in ((save_sana, "m"), (save_nvlabs, "m.safetensors")):
         with pytest.raises(OSError, match=rf"{name}: not saved: .*No space left on device"):
             save(Sana(TINY), tmp_path / name)

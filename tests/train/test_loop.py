@@ -19,7 +19,7 @@ def optimizers():
         import eightfold.optim  # noqa: F401
     except ImportError:
         return ["adamw"]
-    return ["adamw", "adamw8"]
+    return ["adamw", "adamw8", "came8bit"]
 
 
 def test_loss_falls_and_everything_is_written(settings, tmp_path):

@@ -9,10 +9,32 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+Config = TypeVar("Config")
+
+
+def read_config_file(folder: Path, parse: Callable[[dict[str, Any]], Config]) -> Config:
+    """parse(the dict in folder/config.json). FileNotFoundError, or ValueError that names the file and what is wrong."""
+    file = folder / "config.json"
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
+    try:
+        return parse(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: {error}") from None
+
+
+def read_diffusers(folder: Path, variant: str | None = None) -> dict[str, torch.Tensor]:
+    """All tensors of a folder of one of diffusers' models, of the weights of that `variant` ("fp16", "bf16")."""
+    suffix = "" if variant is None else f".{variant}"
+    index = f"{DIFFUSERS_STEM}.safetensors.index{suffix}.json"
+    return read_shards(folder, f"{DIFFUSERS_STEM}{suffix}.safetensors", index)
 
 
 def read_shards(folder: Path, single: str, index: str) -> dict[str, torch.Tensor]:
@@ -74,6 +96,11 @@ def some(names: list[str], first: int = 3) -> str:
 
 def write_json(file: Path, value: dict[str, Any]) -> None:
     file.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(0o644)  # safetensors lets only its owner read it
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

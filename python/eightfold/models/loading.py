@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
-from eightfold.models.files import check_tensors, read_shards, some, write_folder, write_json
+from eightfold.models.files import check_tensors, read_config_file, read_shards, some, write_folder, write_json
 from eightfold.models.gguf_loading import read_gguf
 from eightfold.models.interchange import CODES, QUANTIZATION, Format, check_quantization, dequantized, in_format
 from eightfold.models.llada import decoder_name, llada_name
@@ -76,13 +76,7 @@ def new_decoder(
 
 def read_config(folder: Path) -> DecoderConfig:
     """DecoderConfig of folder/config.json."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return DecoderConfig.from_hf(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+    return read_config_file(folder, DecoderConfig.from_hf)
 
 
 def _holds_codes(folder: Path, tensors: dict[str, torch.Tensor]) -> bool:

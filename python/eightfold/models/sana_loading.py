@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from eightfold.models.files import (
+    DIFFUSERS_STEM,
     aligned,
     check_tensors,
+    read_config_file,
+    read_diffusers,
     read_safetensors_file,
-    read_shards,
     write_folder,
     write_json,
+    write_safetensors,
 )
 from eightfold.models.precision import Precision
 from eightfold.models.sana import Sana
 from eightfold.models.sana_config import SanaConfig
 from eightfold.models.sana_keys import DROPPED, Layout, config_of_nvlabs, from_stored, to_stored
 
-STEM = "diffusion_pytorch_model"
 PICKLED = (".pth", ".pt", ".bin")
 
 
@@ -52,9 +52,7 @@ def load_sana(
             raise ValueError(f"config: expected None for a folder, which has its own, got one with {path}")
         folder = path / "transformer" if (path / "transformer").is_dir() else path
         config, layout, source = read_sana_config(folder), "diffusers", folder
-        suffix = "" if variant is None else f".{variant}"
-        index = f"{STEM}.safetensors.index{suffix}.json"
-        tensors = read_shards(folder, f"{STEM}{suffix}.safetensors", index)
+        tensors = read_diffusers(folder, variant)
     elif path.is_file():
         if variant is not None:
             raise ValueError(f"variant: expected None for a file, got {variant!r} with {path}")
@@ -69,13 +67,7 @@ def load_sana(
 
 def read_sana_config(folder: Path) -> SanaConfig:
     """SanaConfig of folder/config.json."""
-    file = folder / "config.json"
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    try:
-        return SanaConfig.from_diffusers(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{file}: {error}") from None
+    return read_config_file(folder, SanaConfig.from_diffusers)
 
 
 def read_nvlabs(file: Path) -> dict[str, torch.Tensor]:
@@ -135,13 +127,13 @@ def write_sana(
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     write_json(folder / "config.json", config.to_diffusers())
     plan = split_torch_state_dict_into_shards(
-        tensors, filename_pattern=f"{STEM}{{suffix}}.safetensors", max_shard_size=shard_bytes
+        tensors, filename_pattern=f"{DIFFUSERS_STEM}{{suffix}}.safetensors", max_shard_size=shard_bytes
     )
     for name, keys in plan.filename_to_tensors.items():
-        _save({key: tensors[key] for key in keys}, folder / name)
+        write_safetensors({key: tensors[key] for key in keys}, folder / name)
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-        write_json(folder / f"{STEM}.safetensors.index.json", index)
+        write_json(folder / f"{DIFFUSERS_STEM}.safetensors.index.json", index)
 
 
 def save_nvlabs(model: Sana, file: str | os.PathLike) -> Path:
@@ -153,7 +145,7 @@ def save_nvlabs(model: Sana, file: str | os.PathLike) -> Path:
     work = file.with_name(f".{file.name}.part")
     try:
         if file.suffix == ".safetensors":
-            _save({name: tensor.contiguous() for name, tensor in tensors.items()}, work)
+            write_safetensors({name: tensor.contiguous() for name, tensor in tensors.items()}, work)
         else:
             torch.save({"state_dict": tensors}, work)
         os.replace(work, file)
@@ -162,8 +154,3 @@ def save_nvlabs(model: Sana, file: str | os.PathLike) -> Path:
     finally:
         work.unlink(missing_ok=True)
     return file
-
-
-def _save(tensors: dict[str, torch.Tensor], file: Path) -> None:
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)  # safetensors lets only its owner read it

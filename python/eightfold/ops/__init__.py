@@ -7,6 +7,12 @@ from eightfold.ops.attention import attention, paged_attention, paged_attention_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
+from eightfold.ops.linear_attention import (
+    LinearAttentionState,
+    linear_attention,
+    linear_attention_packed,
+    linear_attention_quantize,
+)
 from eightfold.ops.loss import cross_entropy
 from eightfold.ops.norm import (
     add_rms_norm,
@@ -16,7 +22,7 @@ from eightfold.ops.norm import (
     rms_norm_columns,
     rms_norm_quantize,
 )
-from eightfold.ops.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.ops.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
 from eightfold.ops.quant import (
     QuantizedTensor,
     quantize,
@@ -33,6 +39,7 @@ from eightfold.ops.sampling import sample
 build_info = _library.build_info
 
 __all__ = [
+    "LinearAttentionState",
     "QuantizedTensor",
     "adamw_dre_",
     "add_rms_norm",
@@ -40,6 +47,7 @@ __all__ = [
     "attention",
     "block_attention",
     "build_info",
+    "came8bit_",
     "cross_entropy",
     "dre_dequantize",
     "dre_quantize",
@@ -49,6 +57,9 @@ __all__ = [
     "gemm_plan",
     "kernels_run_on",
     "kv_round",
+    "linear_attention",
+    "linear_attention_packed",
+    "linear_attention_quantize",
     "lm_head_confidence",
     "paged_attention",
     "paged_attention_quantize",

@@ -1,5 +1,6 @@
 """Optimizers whose states are 8 bits."""
 
 from eightfold.optim.adamw import AdamW
+from eightfold.optim.came import CAME8bit
 
-__all__ = ["AdamW"]
+__all__ = ["AdamW", "CAME8bit"]

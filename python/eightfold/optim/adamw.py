@@ -1,27 +1,25 @@
 """AdamW with 8-bit states (COAT, arXiv 2410.19313, section 4): 2.08 bytes a parameter instead of 8."""
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import chain
-from operator import attrgetter, itemgetter
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from eightfold.ops.layouts import CODES
 from eightfold.ops.optim import adamw_dre_
 from eightfold.optim import sharding
+from eightfold.optim.base import KernelOptimizer, copy_back, dense_grad
 from eightfold.optim.batch import STATES_8_BIT, Batch
 from eightfold.optim.sharding import local
 
-GRADIENT_LAYOUT = attrgetter("grad.layout")
 EMPTY_EXPONENT = 255  # k = 16, what a group of zeros has
 
 
-class AdamW(torch.optim.Optimizer):
+class AdamW(KernelOptimizer):
     """torch.optim.AdamW with both moments in E4M3 and dynamic range expansion.
 
     Parameters with at least two dimensions and rows (``numel / size(0)``) of at least 64 elements have 8-bit states;
@@ -65,24 +63,8 @@ class AdamW(torch.optim.Optimizer):
         master_weights: bool = False,
         seed: int = 0,
     ):
-        if isinstance(lr, Tensor) and lr.numel() != 1:
-            raise ValueError(f"AdamW: lr must have one element, got shape {tuple(lr.shape)}")
-        if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
-            raise ValueError(f"AdamW: lr must be finite and not negative, got {lr}")
-        for i, beta in enumerate(betas):
-            if not 0 <= beta < 1:
-                raise ValueError(f"AdamW: betas[{i}] must be at least 0 and below 1, got {beta}")
         if not eps >= 0:
             raise ValueError(f"AdamW: eps must not be negative, got {eps}")
-        if not weight_decay >= 0:
-            raise ValueError(f"AdamW: weight_decay must not be negative, got {weight_decay}")
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"AdamW: max_grad_norm must be positive or None, got {max_grad_norm}")
-        self.max_grad_norm = max_grad_norm
-        self.grad_norm: Tensor | None = None
-        self._rows: dict[Tensor, sharding.Rows] = {}
-        self._batches: dict[int, tuple[Any, list[Batch]]] = {}
-        self._lrs: dict[tuple[int, torch.device], tuple[float, Tensor]] = {}
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -92,27 +74,16 @@ class AdamW(torch.optim.Optimizer):
             "master_weights": master_weights,
             "seed": seed,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, max_grad_norm)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        super().add_param_group(param_group)
-        self._rows, self._batches = {}, {}
-        index = len(self.param_groups) - 1
-        for i, param in enumerate(self.param_groups[-1]["params"]):
-            if param.dtype not in (torch.float32, torch.bfloat16):
-                raise ValueError(
-                    f"AdamW: parameter {i} of group {index}, shape {tuple(param.shape)}, must be float32 or bfloat16, "
-                    f"got {param.dtype}"
-                )
-            if sharding.takes_8_bit_states(param):
-                sharding.rows_of(param, 0, f"parameter {i} of group {index}")
+    def _forget(self) -> None:
+        super()._forget()
+        self._rows: dict[Tensor, sharding.Rows] = {}
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "max_grad_norm": self.max_grad_norm, "grad_norm": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._rows, self._batches, self._lrs = {}, {}, {}
+    def _check_param(self, param: Tensor, name: str) -> None:
+        super()._check_param(param, name)
+        if sharding.takes_8_bit_states(param):
+            sharding.rows_of(param, 0, name)
 
     def _rows_of(self, param: Tensor) -> sharding.Rows:
         if not self._rows:
@@ -148,78 +119,19 @@ class AdamW(torch.optim.Optimizer):
             state["master"] = sharding.state_like(param, here.float().contiguous())
         return state
 
-    def state_bytes(self) -> int:
-        """Bytes of all states in this process (moments, their metadata, masters, step counts)."""
-        return sum(local(t).nbytes for state in self.state.values() for t in state.values() if isinstance(t, Tensor))
+    def _make_batch(self, params: list[Tensor], group: dict[str, Any]) -> Batch:
+        plain, eight_bit = ([p for p in params if sharding.takes_8_bit_states(p) is want] for want in (False, True))
+        states = [self.state[p] for p in eight_bit]
+        return Batch(eight_bit, plain, states, list(map(self._rows_of, eight_bit)))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every parameter that has a gradient. Returns the closure's value, if one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        scale = self._clip_scale()
-        for index, group in enumerate(self.param_groups):
-            for batch in self._batches_of(index, group):
-                lr = self._lr_on(batch.device, index)
-                device_scale = None if scale is None else scale.to(batch.device)
-                torch._foreach_add_([state["step"] for state in batch.states], 1.0)
-                if batch.eight_bit:  # first: its kernel is long, and hides the host's work for the others
-                    self._step_8_bit(batch, group, lr, device_scale)
-                if batch.plain:
-                    self._step_32_bit(batch.plain, group, lr, device_scale)
-        return loss
-
-    def _batches_of(self, index: int, group: dict[str, Any]) -> list[Batch]:
-        """The group's parameters that have gradients, by device; those of the last step where nothing has changed."""
-        params = [p for p in group["params"] if p.grad is not None]
-        if set(map(GRADIENT_LAYOUT, params)) - {torch.strided}:
-            bad = next(p for p in params if p.grad.layout != torch.strided)
-            raise RuntimeError(
-                f"AdamW: a gradient of shape {tuple(bad.shape)} has layout {bad.grad.layout}; only dense gradients are "
-                "supported"
-            )
-        key, batches = self._batches.get(index, (None, []))
-        if key is None or key != self._key(params):
-            split: dict[torch.device, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
-            for param in params:
-                split[param.device][sharding.takes_8_bit_states(param)].append(param)
-            batches = []
-            for device, (plain, eight_bit) in split.items():
-                states, rows = [self._state_of(p, group) for p in eight_bit + plain], map(self._rows_of, eight_bit)
-                batches.append(Batch(device, eight_bit, plain, states, list(rows)))
-            self._batches[index] = self._key(params), batches
-        return batches
-
-    def _key(self, params: list[Tensor]) -> tuple[list, list, list]:
-        # Batches hold on to their parameters and states, so that these ids are not given to others meanwhile.
-        return list(map(id, params)), [p.device for p in params], list(map(id, self.state.values()))
-
-    def _clip_scale(self) -> Tensor | None:
-        """What gradients are multiplied by, a float32 tensor; None without clipping."""
-        if self.max_grad_norm is None:
-            return None
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            return None
-        self.grad_norm = sharding.total_norm(grads)
-        return (self.max_grad_norm / (self.grad_norm + 1e-6)).clamp(max=1.0)
-
-    def _lr_on(self, device: torch.device, index: int) -> Tensor:
-        lr = self.param_groups[index]["lr"]
-        if isinstance(lr, Tensor):
-            return lr.detach().to(device=device, dtype=torch.float32)
-        value, tensor = self._lrs.get((index, device), (None, None))
-        if tensor is None:
-            tensor = torch.full((), lr, dtype=torch.float32, device=device)
-        elif value != lr:
-            tensor.fill_(lr)
-        self._lrs[index, device] = (lr, tensor)
-        return tensor
+    def _step(self, batch: Batch, group: dict[str, Any], lr: Tensor, scale: Tensor | None) -> None:
+        if batch.eight_bit:  # first: its kernel is long, and hides the host's work for the others
+            self._step_8_bit(batch, group, lr, scale)
+        if batch.plain:
+            self._step_32_bit(batch.plain, group, lr, scale)
 
     def _step_8_bit(self, batch: Batch, group: dict[str, Any], lr: Tensor, scale: Tensor | None) -> None:
-        params, states = batch.eight_bit, batch.states[: len(batch.eight_bit)]
+        params, states = batch.eight_bit, batch.states
         targets, nothing = params, lr.new_empty(0)
         masters = [s.get("master", nothing) for s in states]
         parts: list[Any] = list(zip(*map(itemgetter(*STATES_8_BIT), states), strict=True))
@@ -228,7 +140,7 @@ class AdamW(torch.optim.Optimizer):
         dense = [t.contiguous() for t in targets]
         adamw_dre_(
             dense,
-            [_dense_grad(p) for p in params],
+            [dense_grad(p) for p in params],
             masters,
             *map(list, parts),
             [r.length for r in batch.rows],
@@ -243,9 +155,7 @@ class AdamW(torch.optim.Optimizer):
             stochastic_states=group["stochastic_states"],
             seed=group["seed"],
         )
-        for target, updated in zip(targets, dense, strict=True):
-            if updated is not target:  # a parameter that is not contiguous was updated as a copy
-                target.copy_(updated)
+        copy_back(targets, dense)
         torch.autograd.graph.increment_version(params)
 
     def _step_32_bit(self, params: list[Tensor], group: dict[str, Any], lr: Tensor, scale: Tensor | None) -> None:
@@ -259,7 +169,7 @@ class AdamW(torch.optim.Optimizer):
         values = [local(s["master"]) if "master" in s else t for s, t in zip(states, targets, strict=True)]
         m, v = ([local(s[name]) for s in states] for name in ("exp_avg", "exp_avg_sq"))
         steps = [s["step"] for s in states]
-        grads = [_dense_grad(p).float() for p in params]
+        grads = [dense_grad(p).float() for p in params]
         if scale is not None:
             grads = torch._foreach_mul(grads, scale)
         for moment, factor, beta in zip((m, v), (None, grads), group["betas"], strict=True):
@@ -279,51 +189,6 @@ class AdamW(torch.optim.Optimizer):
             if target is not value:
                 target.copy_(value)
         torch.autograd.graph.increment_version(params)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Takes over the exact bytes of a state dict (torch's own method would cast them to the parameters' dtype)."""
-        hidden = {
-            key: {name: _AsIs(v) if isinstance(v, Tensor) else v for name, v in entry.items()}
-            for key, entry in state_dict["state"].items()
-        }
-        super().load_state_dict({**state_dict, "state": hidden})
-        for index, group in enumerate(self.param_groups):
-            for i, param in enumerate(group["params"]):
-                if param not in self.state:
-                    continue
-                loaded = {k: v.tensor if isinstance(v, _AsIs) else v for k, v in self.state.pop(param).items()}
-                name = f"parameter {i} of group {index}, shape {tuple(param.shape)}"
-                self.state[param] = _fitted(loaded, self._state_of(param, group), param, name)
-
-
-class _AsIs:
-    """Hides a tensor from torch.optim.Optimizer.load_state_dict, which casts every tensor it sees."""
-
-    def __init__(self, tensor: Tensor):
-        self.tensor = tensor
-
-
-def _fitted(loaded: dict[str, Any], expected: dict[str, Tensor], param: Tensor, name: str) -> dict[str, Tensor]:
-    """Copies of ``loaded`` on the parameter's device, checked against the state a fresh parameter would have."""
-    if loaded.keys() != expected.keys():
-        raise ValueError(f"AdamW: the loaded state of {name} must have {sorted(expected)}, got {sorted(loaded)}")
-    for key, want in expected.items():
-        got = loaded[key] = torch.as_tensor(loaded[key])
-        if got.shape != want.shape or got.dtype != want.dtype or type(got) is not type(want):
-            raise ValueError(
-                f"AdamW: the loaded {key} of {name} must be a {type(want).__name__} of shape {tuple(want.shape)} and "
-                f"{want.dtype}, got a {type(got).__name__} of shape {tuple(got.shape)} and {got.dtype}"
-            )
-    return {key: value.detach().to(device=param.device, copy=True) for key, value in loaded.items()}
-
-
-def _dense_grad(param: Tensor) -> Tensor:
-    grad = param.grad
-    if isinstance(grad, DTensor):
-        grad = grad.to_local()
-    if not grad.is_contiguous():
-        grad = grad.contiguous()
-    return grad if grad.dtype in (torch.float32, torch.bfloat16) else grad.float()
 
 
 def _bias_corrections(steps: list[Tensor], beta: float) -> list[Tensor]:

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -14,9 +13,8 @@ STATES_8_BIT = ("m_codes", "m_maxima", "m_exponents", "v_codes", "v_maxima", "v_
 
 @dataclass
 class Batch:
-    """Parameters of one group on one device, and their states (those of ``eight_bit`` first)."""
+    """Parameters of one group on one device, and the states of those whose states are 8 bits."""
 
-    device: torch.device
     eight_bit: list[Tensor]
     plain: list[Tensor]
     states: list[dict[str, Any]]

@@ -14,6 +14,11 @@ from eightfold.reference.attention import (
 from eightfold.reference.block_attention import block_attention
 from eightfold.reference.confidence import lm_head_confidence, uncover_
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
+from eightfold.reference.linear_attention import (
+    linear_attention,
+    linear_attention_backward,
+    linear_attention_quantize,
+)
 from eightfold.reference.loss import cross_entropy
 from eightfold.reference.norm import (
     add_rms_norm,
@@ -23,7 +28,7 @@ from eightfold.reference.norm import (
     rms_norm_columns,
     rms_norm_quantize,
 )
-from eightfold.reference.optim import adamw_dre_, dre_dequantize, dre_quantize
+from eightfold.reference.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
 from eightfold.reference.quant import (
     dequantize,
     quantize,
@@ -44,6 +49,7 @@ __all__ = [
     "attention",
     "attention_backward",
     "block_attention",
+    "came8bit_",
     "cross_entropy",
     "dequantize",
     "dre_dequantize",
@@ -52,6 +58,9 @@ __all__ = [
     "fp8_gemm_accumulate_",
     "gemm",
     "kv_round",
+    "linear_attention",
+    "linear_attention_backward",
+    "linear_attention_quantize",
     "lm_head_confidence",
     "paged_attention",
     "paged_attention_quantize",

@@ -1,4 +1,4 @@
-"""Dynamic range expansion and AdamW over 8-bit states, in plain torch (csrc/optim/dre.h derives the rule).
+"""Optimizers over 8-bit states in plain torch: AdamW with dynamic range expansion (csrc/optim/dre.h), and CAME.
 
 Powers are taken in float64. Group maxima and exponents match the CPU and CUDA kernels bit for bit; a code may differ
 where the expanded value lies within 1e-4 (relative) of a rounding boundary.
@@ -200,3 +200,99 @@ def adamw_dre_(
             codes.view(torch.uint8).copy_(_from_groups(new_codes.view(torch.uint8), length, codes.shape))
             maxima.copy_(new_maxima.view(maxima.shape))
             exponents.copy_(new_exponents.view(exponents.shape))
+
+
+CAME_BLOCK = 2048  # elements of m that share a scale and a minimum
+SMALLEST_NORMAL = 2.0**-126
+
+
+def affine_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes (uint8, shape of x) and [blocks, 2] (float32: scale, minimum) of blocks of 2,048 consecutive elements.
+
+    scale = (maximum - minimum) / 255, or 0 where that is below 2^-126; code = RNE((x - minimum) (1 / scale)), 0 with
+    scale 0. A block with a NaN or Inf has a NaN scale and minimum.
+    """
+    flat = x.float().flatten()
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % CAME_BLOCK)).view(-1, CAME_BLOCK)
+    inside = (torch.arange(blocks.numel(), device=x.device) < flat.numel()).view(blocks.shape)
+    low = torch.where(inside, blocks, math.inf).amin(1)
+    high = torch.where(inside, blocks, -math.inf).amax(1)
+    scale = (high - low) / 255
+    broken = ~(scale.isfinite() & low.isfinite())
+    scale = torch.where(broken, torch.nan, torch.where(scale < SMALLEST_NORMAL, 0.0, scale))
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    codes = ((blocks - low[:, None]) * inverse[:, None]).round().nan_to_num(0.0)
+    codes = codes.to(torch.uint8).flatten()[: flat.numel()].view(x.shape)
+    return codes, torch.stack((scale, torch.where(broken, torch.nan, low)), 1)
+
+
+def affine_dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """float32 values code * scale + minimum, shape of ``codes``."""
+    scale, low = scales.repeat_interleave(CAME_BLOCK, 0)[: codes.numel()].view(*codes.shape, 2).unbind(-1)
+    return codes.float() * scale + low
+
+
+def came8bit_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    m: list[Tensor],
+    m_scales: list[Tensor],
+    v_rows: list[Tensor],
+    v_cols: list[Tensor],
+    u_rows: list[Tensor],
+    u_cols: list[Tensor],
+    offsets: list[int],
+    steps: list[Tensor],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    beta1: float,
+    beta2: float,
+    beta3: float,
+    eps1: float,
+    eps2: float,
+    clip_threshold: float,
+    weight_decay: float,
+    seed: int,
+) -> None:
+    """One CAME step, in place, over lists of tensors: eightfold.ops.optim.came8bit_ says what each argument is."""
+
+    def decayed(mean: Tensor, beta: float, values: Tensor) -> Tensor:
+        return mean.copy_(beta * mean + (1 - beta) * values)
+
+    for i, param in enumerate(params):
+        if param.numel() == 0:
+            continue
+        g = grads[i].float() * (1.0 if grad_scale is None else grad_scale)
+        factored = v_cols[i].numel() > 0
+        if factored:
+            g = g.reshape(v_rows[i].numel(), v_cols[i].numel())
+        squares = g * g + eps1
+        if factored:
+            rows = decayed(v_rows[i], beta2, squares.mean(1).view_as(v_rows[i])).view(-1, 1)
+            cols = decayed(v_cols[i], beta2, squares.mean(0).view_as(v_cols[i])).view(1, -1)
+            w = g * (rows / rows.mean()).rsqrt() * cols.rsqrt()
+        else:
+            w = g * decayed(v_rows[i], beta2, squares.view_as(v_rows[i])).view_as(g).rsqrt()
+        w = w / (w.square().mean().sqrt() / clip_threshold).clamp(min=1.0)
+
+        quantized = m[i].dtype == torch.uint8
+        moment = affine_dequantize(m[i], m_scales[i]) if quantized else m[i]
+        moment = beta1 * moment.view_as(w) + (1 - beta1) * w
+        step = moment
+        if factored:
+            instability = (w - moment).square() + eps2
+            rows = decayed(u_rows[i], beta3, instability.mean(1).view_as(u_rows[i])).view(-1, 1)
+            cols = decayed(u_cols[i], beta3, instability.mean(0).view_as(u_cols[i])).view(1, -1)
+            step = moment * (rows / rows.mean()).rsqrt() * cols.rsqrt()
+
+        p = param.float() * (1 - lr * weight_decay) - lr * step.view_as(param)
+        if param.dtype == torch.bfloat16:
+            random = random_words(offsets[i], p.numel(), int(steps[i]), 0, seed, p.device).view(p.shape)
+            p = to_bf16_stochastic(p, random)
+        param.copy_(p)
+        if quantized:
+            codes, scales = affine_quantize(moment)
+            m[i].copy_(codes.view_as(m[i]))
+            m_scales[i].copy_(scales)
+        else:
+            m[i].copy_(moment.view_as(m[i]))

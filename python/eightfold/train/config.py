@@ -74,13 +74,19 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW: torch's own, or eightfold's with 8-bit states (adamw8); auto takes adamw8 for precision fp8. came8bit:
-    CAME, whose first moment has 8 bits; its betas have a third, 0.9999, and its eps are its own."""
+    """AdamW: torch's own, or eightfold's with 8-bit states (adamw8); auto takes adamw8 for precision fp8. Or CAME with
+    an 8-bit first moment (came8bit), in one process."""
 
     name: Literal["auto", "adamw", "adamw8", "came8bit"] = "auto"
     lr: PositiveFloat = 1e-4
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: PositiveFloat = 1e-8
+    betas: tuple[float, float] = Field((0.9, 0.95), description="of AdamW")
+    eps: PositiveFloat = Field(1e-8, description="of AdamW")
+    came_betas: tuple[float, float, float] = Field(
+        (0.9, 0.999, 0.9999), description="of came8bit: first moment, second moment, confidence"
+    )
+    came_eps: tuple[PositiveFloat, PositiveFloat] = Field(
+        (1e-30, 1e-16), description="of came8bit: added to squared gradients, and to squared distances from the moment"
+    )
     weight_decay: float = Field(0.1, ge=0, description="applied to matrices only, not to norms and biases")
     max_grad_norm: PositiveFloat | None = Field(1.0, description="global gradient norm above which gradients shrink")
     schedule: Literal["cosine", "constant"] = "cosine"

@@ -16,9 +16,6 @@ from eightfold.train.objectives import Objective, make_objective
 from eightfold.train.report import plot_curves, read_log
 from eightfold.train.run import Run, RunResult, determinism
 
-OURS = {"adamw8": "AdamW", "came8bit": "CAME8bit"}  # optimizers of eightfold.optim by name
-_CAME_BETA = 0.9999  # decay of CAME's confidence
-
 
 @dataclass
 class Result(RunResult):
@@ -45,17 +42,13 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig, precision: str) ->
     name = config.name
     if name == "auto":
         name = "adamw8" if precision == "fp8" else "adamw"
-    if name in OURS:
-        from eightfold import optim
+    if name in ("adamw8", "came8bit"):
+        from eightfold.optim import AdamW, CAME8bit
 
-        kind = getattr(optim, OURS[name], None)
-        if kind is None:
-            raise ValueError(f"optimizer.name: {name!r}: this build of eightfold has no {OURS[name]}")
-        options = {"betas": config.betas, "eps": config.eps}
-        if name == "came8bit":
-            options = {"betas": (*config.betas, _CAME_BETA)}
         limit = config.max_grad_norm or math.inf  # also with no limit: the log wants the norm
-        return kind(groups, lr=config.lr, max_grad_norm=limit, **options)
+        if name == "came8bit":
+            return CAME8bit(groups, lr=config.lr, betas=config.came_betas, eps=config.came_eps, max_grad_norm=limit)
+        return AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, max_grad_norm=limit)
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
 
 

@@ -16,12 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from eightfold.models.files import check_tensors, read_safetensors_file, read_shards, write_folder
+from eightfold.models.files import check_tensors, read_diffusers, read_safetensors_file, write_folder
 from eightfold.models.precision import Precision
 from eightfold.models.sana import Sana
 from eightfold.models.sana_config import SanaConfig
 from eightfold.models.sana_keys import from_stored, to_stored
-from eightfold.models.sana_loading import STEM, load_sana, read_sana_config, write_sana
+from eightfold.models.sana_loading import load_sana, read_sana_config, write_sana
 from eightfold.train.image.captions import Captions
 
 CAPTIONS = "embeddings.safetensors"
@@ -104,7 +104,7 @@ def write_image_model(model: ImageModel, folder: Path, tensors: Mapping[str, Ten
     write_sana(model.config, to_stored(sana, "diffusers", model.config), folder)
     names = {"captions": json.dumps(model.captions.names)}
     save_file({_STORED[name]: tensor.contiguous() for name, tensor in captions.items()}, folder / CAPTIONS, names)
-    (folder / CAPTIONS).chmod(0o644)
+    (folder / CAPTIONS).chmod(0o644)  # safetensors lets only its owner read it
 
 
 def read_image_model(model: ImageModel, folder: Path) -> dict[str, Tensor]:
@@ -116,7 +116,7 @@ def read_image_model(model: ImageModel, folder: Path) -> dict[str, Tensor]:
     if captions is None or captions.names != model.captions.names:
         raise ValueError(f"{folder}: a checkpoint of another model: its classes are not those of the data")
     ours = model.sana.state_dict()
-    tensors = read_shards(folder, f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+    tensors = read_diffusers(folder)
     expected = {name: tuple(tensor.shape) for name, tensor in to_stored(ours, "diffusers", config).items()}
     check_tensors(tensors, expected, folder)
     sana = from_stored(tensors, ours, "diffusers", config)

@@ -1,0 +1,85 @@
+"""The training part of a step of reinforcement learning by itself: a micro-batch's forward and backward pass of a
+Qwen3-8B-shaped model, as large as fits beside weights, gradients and optimizer states; FP8 beside bf16 under
+torch.compile. Gradients are there already, as from the second micro-batch of a step on."""
+
+import gc
+import time
+
+import torch
+
+import eightfold.optim
+from eightfold.generate.requests import Completion
+from eightfold.models.decoder import Decoder
+from eightfold.models.precision import KeptWeights
+from eightfold.train.rl.batches import Sample, pack
+
+from .common import Bench
+from .decode import QWEN3_8B, SMALL, random_decoder
+from .kernel_times import KernelTimes
+from .rl import CPU_SIZES, SIZES, _fitting
+
+ROUNDS = 4
+
+
+def run(bench: Bench) -> None:
+    cuda = bench.device.type == "cuda"
+    config, (_, *sizes) = (QWEN3_8B, SIZES) if cuda else (SMALL, CPU_SIZES)
+    runs = {}
+    for name, precision in (("ours", "fp8"), ("bf16", "bf16")):
+        torch.manual_seed(0)
+        model = random_decoder(config, bench.device, fp8_head=True, fp8_cache=True)
+        runs[name] = _measured(bench, model, precision, *sizes)
+        del model
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+    prompt, completion = sizes
+    bench.note("step", name=f"RL micro-batch, {'8B' if cuda else 'small'} {prompt} + {completion}", runs=runs)
+    print(f"  bf16 / ours: {runs['bf16']['ms_a_sequence'] / runs['ours']['ms_a_sequence']:.3f}")
+
+
+def _measured(bench: Bench, model: Decoder, precision: str, prompt: int, completion: int) -> dict[str, float]:
+    trained, device = model, bench.device
+    if precision == "bf16":
+        trained = model.in_precision("bf16")
+        for layer in trained.model.layers:
+            layer.compile()
+    else:
+        trained.compute.codes, trained.compute.add_to_grad = KeptWeights(torch.bfloat16).codes, True
+    generator = torch.Generator().manual_seed(1)
+
+    def step(count: int) -> None:
+        def ids(length: int) -> list[int]:
+            return torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
+
+        drawn = Completion(ids(completion), [0.0] * completion, "length")
+        packed = pack([Sample(ids(prompt), drawn, 1.0, 0.0) for _ in range(count)], device)
+        packed.log_probs(trained).sum().backward()
+
+    optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-6)
+    step(1)
+    optimizer.step()  # its states are there from now on
+    optimizer.zero_grad(set_to_none=True)
+    count = _fitting(trained, prompt, completion, device)
+    for _ in range(2):
+        step(count)
+    begin = _synchronized(device)
+    for _ in range(ROUNDS):
+        step(count)
+    ms = 1e3 * (_synchronized(device) - begin) / ROUNDS
+    if bench.kernels and device.type == "cuda":
+        print(f"  {precision}, {count} sequences:")
+        print(KernelTimes(lambda: step(count), ms, 1).table(bench.kernels))
+    return {
+        "ms": ms,
+        "sequences": count,
+        "ms_a_sequence": ms / count,
+        "recomputes_layers": float(trained.checkpoint_layers),
+        "peak_bytes": torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
+    }
+
+
+def _synchronized(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
