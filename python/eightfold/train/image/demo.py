@@ -17,7 +17,7 @@ from eightfold.train.image.model import load_image_model, save_image_model
 from eightfold.train.image.samples import sample_classes, to_pixels, write_sheet
 from eightfold.train.image.shapes import draw_shapes
 
-STEPS = 600
+STEPS = 1000
 DRAWN = 200  # pictures of each class
 SIZE, SHIFT = 32, 3.0
 GUIDANCE, SAMPLER_STEPS, COLUMNS, ROWS = 2.5, 20, 8, 10
