@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eightfold.train.image.command import add_sana_parts
+
 USER_ERROR, INTERRUPTED = 2, 130
 # Flags of generate that not all of its modes take.
 _TEXT, _DIFFUSION = ("max_tokens", "top_k", "top_p"), ("canvas", "block", "cache", "threshold", "factor", "steps")
@@ -20,7 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand; returns the exit code: 0, 2 after an error of the user (one line), 130 after Ctrl-C."""
     parser = _parser()
     args, rest = parser.parse_known_args(argv)
-    if args.command in ("train", "rl"):  # overrides may also stand after flags
+    if hasattr(args, "overrides"):  # overrides may also stand after flags
         args.overrides += [item for item in rest if _OVERRIDE.fullmatch(item)]
         rest = [item for item in rest if not _OVERRIDE.fullmatch(item)]
     if rest:
@@ -74,6 +76,10 @@ def _info(args: argparse.Namespace) -> int:
 def _train(args: argparse.Namespace) -> int:
     from eightfold.train.config import SHORTHANDS, load_config
 
+    if args.demo:
+        return _image_demo(args)
+    if args.images is not None:
+        raise ValueError("--images: expected with --demo image only")
     loaded = load_config(*_settings(args, SHORTHANDS))
 
     from eightfold.train.interrupt import Interrupted
@@ -87,6 +93,48 @@ def _train(args: argparse.Namespace) -> int:
         print(f"done: {result.tokens_per_second:,.0f} tokens/s; curve in {loaded.output}/loss.png", end="")
         print(f"; model in {result.checkpoint}" if result.checkpoint else "; no checkpoint (checkpoint_at_end is off)")
     return 0
+
+
+def _sana_train(args: argparse.Namespace) -> int:
+    from eightfold.train.image.config import SHORTHANDS, load_image_config
+    from eightfold.train.interrupt import Interrupted
+
+    config, overrides = _settings(args, SHORTHANDS)
+    if args.model is not None:  # instead of the one that the file names
+        overrides += ["model.released=null", "model.sizes=null"]
+    loaded = load_image_config(config, overrides)
+
+    from eightfold.train.image.loop import train_image
+
+    try:
+        result = train_image(loaded)
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
+    print(f"done: {result.images_per_second:,.1f} images/s; curve in {loaded.output}/loss.png", end="")
+    print(f"; model in {result.model}" if result.model else "; no checkpoint (checkpoint_at_end is off)")
+    return 0
+
+
+def _sana_grow(args: argparse.Namespace) -> int:
+    from eightfold.train.image.console import run_grow
+
+    return run_grow(args)
+
+
+def _sana_prune(args: argparse.Namespace) -> int:
+    from eightfold.train.image.console import run_prune
+
+    return run_prune(args)
+
+
+def _image_demo(args: argparse.Namespace) -> int:
+    from eightfold.train.image.demo import run
+    from eightfold.train.interrupt import Interrupted
+
+    try:
+        return run(Path(args.output or "image_demo_output"), args.steps, args.images and Path(args.images))
+    except Interrupted as stop:
+        return _fail(str(stop), INTERRUPTED)
 
 
 def _rl(args: argparse.Namespace) -> int:
@@ -273,7 +321,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--precision", help="fp8, bf16 or fp32")
     train.add_argument("--objective", help="next-token (default), masked-diffusion or block-diffusion")
     train.add_argument("--steps", type=int, help="optimizer steps")
+    train.add_argument("--demo", choices=("image",), help="a tiny SANA learns to make pictures on a CPU, in minutes")
+    train.add_argument("--images", help="of --demo, folder or .zip of classes of pictures (default: drawn shapes)")
     train.set_defaults(run=_train)
+
+    sana = commands.add_parser("sana", help="train, grow and prune transformers that make pictures")
+    runs = {"train": _sana_train, "grow": _sana_grow, "prune": _sana_prune}
+    sana_parts = add_sana_parts(sana, runs, _add_settings)
 
     rl = commands.add_parser(
         "rl",
@@ -338,7 +392,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--steps", type=int, default=None, help="optimizer steps of each run")
     demo.set_defaults(run=_demo)
 
-    for command in (info, train, rl, generate, export, bench, demo):
+    for command in (info, train, *sana_parts, rl, generate, export, bench, demo):
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
     return parser
 

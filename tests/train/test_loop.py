@@ -9,8 +9,9 @@ import torch
 
 from eightfold.train import checkpoint
 from eightfold.train.config import OptimizerConfig, parse_config
-from eightfold.train.loop import learning_rate, train
+from eightfold.train.loop import train
 from eightfold.train.report import read_log
+from eightfold.train.run import learning_rate
 
 
 def optimizers():

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_TIMES = 1000  # a model's time at sigma 1
+TIMES = 1000  # a model's time at sigma 1
 
 
 class FlowStep(NamedTuple):
@@ -56,9 +56,9 @@ def flow_dpm(steps: int, shift: float = 3.0) -> FlowSchedule:
     `shift` moves steps towards noise (SANA: 3; at 4096 px 6). ValueError naming the argument.
     """
     _check(steps, shift)
-    uniform = 1.0 - np.linspace(1, 1 / _TIMES, steps + 1)
-    sigmas = _shifted(uniform, shift)[:0:-1]  # descending, without the 0 at their start
-    return _schedule(sigmas.tolist(), [int(time) for time in sigmas * _TIMES], order=2)
+    uniform = 1.0 - np.linspace(1, 1 / TIMES, steps + 1)
+    sigmas = shifted(uniform, shift)[:0:-1]  # descending, without the 0 at their start
+    return _schedule(sigmas.tolist(), [int(time) for time in sigmas * TIMES], order=2)
 
 
 def flow_euler(steps: int, shift: float = 3.0) -> FlowSchedule:
@@ -67,9 +67,9 @@ def flow_euler(steps: int, shift: float = 3.0) -> FlowSchedule:
     Arguments and errors as of `flow_dpm`; times are not cut.
     """
     _check(steps, shift)
-    smallest = float(_shifted(np.float32(1 / _TIMES), shift))
-    sigmas = _shifted(np.linspace(_TIMES, _TIMES * smallest, steps) / _TIMES, shift).astype(np.float32)
-    return _schedule(sigmas.tolist(), (sigmas * np.float32(_TIMES)).tolist(), order=1)
+    smallest = float(shifted(np.float32(1 / TIMES), shift))
+    sigmas = shifted(np.linspace(TIMES, TIMES * smallest, steps) / TIMES, shift).astype(np.float32)
+    return _schedule(sigmas.tolist(), (sigmas * np.float32(TIMES)).tolist(), order=1)
 
 
 def flow_step(
@@ -96,13 +96,13 @@ def solve(schedule: FlowSchedule, velocity: Callable[[Tensor, float], Tensor], n
 
 
 def _check(steps: int, shift: float) -> None:
-    if not isinstance(steps, int) or not 1 <= steps < _TIMES:
-        raise ValueError(f"steps: expected 1 to {_TIMES - 1}, got {steps!r}")
+    if not isinstance(steps, int) or not 1 <= steps < TIMES:
+        raise ValueError(f"steps: expected 1 to {TIMES - 1}, got {steps!r}")
     if not 1e-3 <= shift <= 1e3:  # further out, sigmas round to 0 or 1
         raise ValueError(f"shift: expected 0.001 to 1000, got {shift!r}")
 
 
-def _shifted(sigmas, shift: float):
+def shifted(sigmas, shift: float):
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 

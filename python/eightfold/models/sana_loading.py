@@ -113,24 +113,27 @@ def save_sana(model: Sana, folder: str | os.PathLike, shard_bytes: int = 10 * 10
     """Writes config.json and safetensors files of at most `shard_bytes` (but for a larger tensor), such that diffusers'
     SanaTransformer2DModel.from_pretrained(folder) gives the same model. Errors are those of
     `models.files.write_folder`."""
+    folder = Path(folder)
+    write_folder(folder, lambda work: write_sana(model.config, sana_tensors(model), work, shard_bytes))
+    return folder
+
+
+def write_sana(
+    config: SanaConfig, tensors: dict[str, torch.Tensor], folder: Path, shard_bytes: int = 10 * 10**9
+) -> None:
+    """The files of `save_sana`, into a folder that is there; `tensors` have diffusers' names and shapes."""
     from huggingface_hub import split_torch_state_dict_into_shards
 
-    folder = Path(folder)
-    tensors = {name: tensor.contiguous() for name, tensor in sana_tensors(model).items()}
-
-    def write(work: Path) -> None:
-        write_json(work / "config.json", model.config.to_diffusers())
-        plan = split_torch_state_dict_into_shards(
-            tensors, filename_pattern=f"{DIFFUSERS_STEM}{{suffix}}.safetensors", max_shard_size=shard_bytes
-        )
-        for name, keys in plan.filename_to_tensors.items():
-            write_safetensors({key: tensors[key] for key in keys}, work / name)
-        if plan.is_sharded:
-            index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
-            write_json(work / f"{DIFFUSERS_STEM}.safetensors.index.json", index)
-
-    write_folder(folder, write)
-    return folder
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_json(folder / "config.json", config.to_diffusers())
+    plan = split_torch_state_dict_into_shards(
+        tensors, filename_pattern=f"{DIFFUSERS_STEM}{{suffix}}.safetensors", max_shard_size=shard_bytes
+    )
+    for name, keys in plan.filename_to_tensors.items():
+        write_safetensors({key: tensors[key] for key in keys}, folder / name)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        write_json(folder / f"{DIFFUSERS_STEM}.safetensors.index.json", index)
 
 
 def save_nvlabs(model: Sana, file: str | os.PathLike) -> Path:

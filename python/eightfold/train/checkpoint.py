@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,11 @@ def save(
     *,
     tokenizer: Any = None,
     keep_last: int = 2,
+    write: Callable[[nn.Module, Path], None] | None = None,
 ) -> Path:
     """Writes a checkpoint (every process calls it) and removes all but the newest ``keep_last``.
 
+    ``write`` puts the files of a whole model into a folder; None: those of a Decoder and its ``tokenizer``.
     ``state`` is JSON. OSError with one line when the disk does not take it; the older checkpoints are then untouched.
     """
     final = folder_of(output, step)
@@ -74,7 +76,7 @@ def save(
             for leftover in final.parent.glob(".step-*"):
                 shutil.rmtree(leftover)
             final.parent.mkdir(parents=True, exist_ok=True)
-        _save_model(model, draft, tokenizer, world)
+        _save_model(model, draft, write or _decoder_writer(tokenizer), world)
     except OSError as failure:
         error = _reason(failure)
     try:
@@ -101,13 +103,20 @@ def save(
     return final
 
 
-def load(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, world: World) -> dict[str, Any]:
+def load(
+    folder: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    world: World,
+    read: Callable[[nn.Module, Path], dict[str, torch.Tensor]] | None = None,
+) -> dict[str, Any]:
     """Restores model, optimizer and RNG from a checkpoint; returns the ``state`` given to ``save``, plus ``step``.
 
+    ``read`` gives the tensors of the model's files under the model's own names; None: of a Decoder's.
     ValueError with one line when it is incomplete, of another format, of another model or another optimizer.
     """
     state = read_state(folder)
-    _load_model(folder, model)
+    _load_model(folder, model, (read or _read_decoder)(model, folder))
     _load_optimizer(folder / "trainer", model, optimizer, world)
     if len(state["random"]) == world.size:
         _set_random_state(state["random"][world.rank], world)
@@ -137,26 +146,29 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _save_model(model: nn.Module, folder: Path, tokenizer: Any, world: World) -> None:
-    from safetensors import SafetensorError
-
+def _decoder_writer(tokenizer: Any) -> Callable[[nn.Module, Path], None]:
     from eightfold.models.loading import write_decoder
+
+    return lambda model, folder: write_decoder(model, folder, tokenizer)
+
+
+def _save_model(model: nn.Module, folder: Path, write: Callable[[nn.Module, Path], None], world: World) -> None:
+    from safetensors import SafetensorError
 
     model = distributed.whole(model, world)
     if model is None:
         return
     folder.mkdir()
     try:
-        write_decoder(model, folder, tokenizer)
+        write(model, folder)
     except Exception as error:  # safetensors and tokenizers report a failed write in exceptions of their own
         if isinstance(error, SafetensorError) or type(error) is Exception:
             raise OSError(str(error)) from None
         raise
 
 
-def _load_model(folder: Path, model: nn.Module) -> None:
+def _read_decoder(model: nn.Module, folder: Path) -> dict[str, torch.Tensor]:
     from safetensors import SafetensorError, safe_open
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     from eightfold.models.loading import decoder_names
 
@@ -167,7 +179,12 @@ def _load_model(folder: Path, model: nn.Module) -> None:
                 tensors.update({name: opened.get_tensor(name) for name in opened.keys()})  # noqa: SIM118
     except SafetensorError as error:
         raise ValueError(f"{folder}: damaged weights: {error}") from None
-    tensors = decoder_names(tensors, model.config.model_type, folder)
+    return decoder_names(tensors, model.config.model_type, folder)
+
+
+def _load_model(folder: Path, model: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
     named = dict(model.named_parameters())  # tied weights appear once
     for name, parameter in named.items():
         if name not in tensors:

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from eightfold.train.config import DiffusionConfig
 from eightfold.train.data import Sequences, moved
+from eightfold.train.order import step_generator
 
 _TRAINING, _EVALUATION = 0, 1
 
@@ -123,9 +124,7 @@ class MaskedDiffusion:
         )
 
     def generator(self, step: int | None) -> np.random.Generator:
-        purpose = _EVALUATION if step is None else _TRAINING
-        counter = np.array([0, 0, 0, step or 0], dtype=np.uint64)
-        return np.random.Generator(np.random.Philox(counter=counter, key=np.array([self.seed, purpose], np.uint64)))
+        return step_generator(self.seed, _EVALUATION if step is None else _TRAINING, step or 0)
 
     def noise_begins(self, starts: np.ndarray) -> np.ndarray:
         """bool [count, length]: where the tokens of another t begin, given where documents do."""

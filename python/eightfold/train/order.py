@@ -1,9 +1,15 @@
-"""An endless shuffled walk whose state is two integers."""
+"""An endless shuffled walk whose state is two integers, and random numbers that a step can draw again."""
 
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
+
+def step_generator(seed: int, purpose: int, step: int) -> np.random.Generator:
+    """Numbers that are a function of these three alone, so that a resumed run draws what an unbroken one draws."""
+    counter = np.array([0, 0, 0, step], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(counter=counter, key=np.array([seed, purpose], np.uint64)))
 
 
 @dataclass

@@ -83,6 +83,8 @@ def _figures(record: dict[str, Any]) -> str:
     """What the terminal shows of an optimizer step: of reinforcement learning the reward and how far rollout and
     training are apart."""
     memory = f"{record['memory_bytes'] / 1e9:.2f} GB"
+    if "images_per_second" in record:
+        return f"loss {record['loss']:.4f}, {record['images_per_second']:,.1f} images/s, {memory}"
     if "reward_mean" not in record:
         return f"loss {record['loss']:.4f}, {record['tokens_per_second']:,.0f} tokens/s, {memory}"
     speeds = (record["rollout_tokens_per_second"], record["training_tokens_per_second"])
@@ -113,7 +115,11 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
 
 
 def plot_curves(
-    path: str | Path, runs: dict[str, list[dict[str, Any]]], title: str, baseline: str | None = None
+    path: str | Path,
+    runs: dict[str, list[dict[str, Any]]],
+    title: str,
+    baseline: str | None = None,
+    unit: str = "nats per token",
 ) -> None:
     """PNG of training loss (thin) and held-out loss (marked) against the step, for each named run's records.
 
@@ -140,7 +146,7 @@ def plot_curves(
             gap = {step: loss - known[step] for step, loss in curve.items() if step in known}
             if gap:
                 lower[0].plot(*zip(*gap.items(), strict=True), color=f"C{number}", **style)
-    upper.set_ylabel("loss (nats per token)")
+    upper.set_ylabel(f"loss ({unit})")
     upper.set_title(title)
     for axes in lower:
         axes.axhline(0, color="C0", linewidth=1)

@@ -28,7 +28,7 @@ from eightfold.models import Decoder
 from eightfold.train import checkpoint, distributed
 from eightfold.train.distributed import World
 from eightfold.train.interrupt import Interrupted, StopRequests
-from eightfold.train.loop import learning_rate, load_model, make_optimizer, sum_in_products
+from eightfold.train.loop import load_model, make_optimizer, sum_in_products
 from eightfold.train.report import RunLog, memory_bytes, read_log
 from eightfold.train.rl.advantages import group_advantages, overlong_penalties
 from eightfold.train.rl.batches import PackedSamples, Sample, pack, parts
@@ -40,6 +40,7 @@ from eightfold.train.rl.report import plot_rewards
 from eightfold.train.rl.rewards import Verdict, VerifierPool, VerifierSource
 from eightfold.train.rl.sharing import PolicyCopy, agreeing, dealt_out, export_policy, own_part, same_passes
 from eightfold.train.rl.tasks import PromptItem, Prompts, load_task
+from eightfold.train.run import learning_rate
 
 
 @dataclass

@@ -1,0 +1,1 @@
+"""Training of SANA-like flow transformers on pictures."""
