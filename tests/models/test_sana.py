@@ -223,11 +223,20 @@ def test_compiles_whole():
 # ---- linear attention ----
 
 
-def test_masked_keys_are_left_out():
-    q, k, v = torch.randn(3, 2, 9, 4, 8).unbind()
-    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9])
+@pytest.mark.parametrize("dim", [8, 32])  # in torch, and by the kernel
+def test_linear_attention_is_its_definition(dim):
+    q, k, v = torch.randn(3, 2, 9, 4, dim).unbind()
+    weights = torch.einsum("bnhd,bmhd->bhnm", q.double().relu(), k.double().relu())
+    expected = torch.einsum("bhnm,bmhd->bnhd", weights / weights.sum(-1, keepdim=True), v.double())
+    torch.testing.assert_close(linear_attention(q, k, v).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dim", [8, 32])
+def test_masked_keys_are_left_out(dim):
+    q, k, v = torch.randn(3, 2, 9, 4, dim).unbind()
+    mask = torch.tensor([[1] * 6 + [0] * 3, [1] * 9]).bool()
     out = linear_attention(q, k, v, key_mask=mask)
-    torch.testing.assert_close(out[0], linear_attention(q[:1], k[:1, :6], v[:1, :6])[0])
+    torch.testing.assert_close(out[0, :6], linear_attention(q[:1, :6], k[:1, :6], v[:1, :6])[0])
     assert torch.equal(out[1], linear_attention(q, k, v)[1])
 
 

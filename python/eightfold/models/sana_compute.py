@@ -15,16 +15,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eightfold import ops
 from eightfold.models.precision import KeptWeights, Precision, strategy
+
+_KERNEL_DIMS = (32, 64, 128)
 
 
 def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15, key_mask: Tensor | None = None) -> Tensor:
     """relu(q) S / (relu(q) z + eps) with S = sum of relu(k)^T v and z = sum of relu(k) over all tokens; not causal.
 
     q, k, v [B, N, heads, dim] -> [B, N, heads, dim]; `key_mask` [B, N]: 0 leaves a token's key and value out. No scale
-    anywhere; a query without a positive element gives 0. (arXiv 2410.10629, equation 1.)
+    anywhere; a query without a positive element gives 0. (arXiv 2410.10629, equation 1.) By `ops.linear_attention`
+    where it takes such heads.
     """
     dtype = q.dtype
+    if q.shape[-1] in _KERNEL_DIMS and (dtype == torch.bfloat16 or q.device.type == "cpu"):
+        return ops.linear_attention(q, k, v, eps=eps, key_mask=key_mask)
     q, k, v = q.float().relu(), k.float().relu(), v.float()
     if key_mask is not None:
         k = k * key_mask[:, :, None, None]
