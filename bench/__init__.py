@@ -3,6 +3,7 @@
 FAMILIES = (
     "quant",
     "norm",
+    "modulate",
     "activation",
     "rotary",
     "attention",

@@ -38,6 +38,21 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "Tensor dup_scales, "
       "Tensor dup_col_codes, Tensor dup_col_scales, Tensor h_col_codes, Tensor h_col_scales)");
 
+  // LayerNorm and modulation by a sample's vectors, alone or after a gated residual
+  m.def("layer_norm_modulate(Tensor x, Tensor scale, Tensor shift, float eps, bool training) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_modulate_quantize(Tensor x, Tensor scale, Tensor shift, float eps, bool training) -> (Tensor codes, Tensor scales, "
+      "Tensor col_codes, Tensor col_scales, Tensor mean, Tensor rstd)");
+  m.def(
+      "gated_residual_layer_norm_modulate(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor shift, float eps, bool training) "
+      "-> (Tensor r, Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "gated_residual_layer_norm_modulate_quantize(Tensor x, Tensor branch, Tensor? gate, Tensor scale, Tensor shift, float eps, bool "
+      "training) -> (Tensor r, Tensor codes, Tensor scales, Tensor col_codes, Tensor col_scales, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor scale, Tensor? residual_grad, Tensor? branch, "
+      "Tensor? gate) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)");
+
   // rotary position embedding
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   m.def(

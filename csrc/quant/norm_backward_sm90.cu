@@ -5,9 +5,9 @@
 #include <algorithm>
 
 #include "core/barrier.cuh"
-#include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "core/tma_stream.cuh"
+#include "quant/block_sum.cuh"
 #include "quant/norm.h"
 #include "quant/norm_short.h"
 #include "quant/row_cast.cuh"
@@ -15,7 +15,7 @@
 namespace eightfold::quant {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kMaxThreads = kMostSumThreads;
 constexpr int64_t kRingBytes = 192 * 1024;
 constexpr int kMaxStages = 16;
 
@@ -47,30 +47,6 @@ BackwardPlan plan_backward(const RmsNormBackward& op) {
           static_cast<uint32_t>(dy),
           static_cast<uint32_t>(s),
           static_cast<uint32_t>(stage)};
-}
-
-// Sums over the threads of a block, the same bits in all of them. `partials` may be reused after the next barrier.
-template <int kRows>
-__device__ __forceinline__ void block_totals(float (&v)[kRows], float (&partials)[kRows][kMaxThreads / 32]) {
-#pragma unroll
-  for (int mask = 16; mask > 0; mask /= 2)
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) v[r] += __shfl_xor_sync(kWholeWarp, v[r], mask);
-  if (threadIdx.x % 32 == 0) {
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) partials[r][threadIdx.x / 32] = v[r];
-  }
-  __syncthreads();
-  // A tree over sixteen warps; those that are not there count as zeros.
-  const int lane = threadIdx.x % 32, warps = static_cast<int>(blockDim.x) / 32;
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) v[r] = lane < warps ? partials[r][lane] : 0.0f;
-#pragma unroll
-  for (int mask = 8; mask > 0; mask /= 2)
-#pragma unroll
-    for (int r = 0; r < kRows; ++r) v[r] += __shfl_xor_sync(kWholeWarp, v[r], mask);
-#pragma unroll
-  for (int r = 0; r < kRows; ++r) v[r] = __shfl_sync(kWholeWarp, v[r], 0);
 }
 
 // s as it was saved: itself, or its codes with the scale of their group.
@@ -254,28 +230,6 @@ __global__ void __launch_bounds__(kMaxThreads) norm_backward_kernel(const RmsNor
   }
 }
 
-// dweight: each of 32 slices sums its share of the runs in order, then the slices are summed in order.
-constexpr int kSlices = 32;
-
-__global__ void __launch_bounds__(32 * kSlices) fold_dweight_kernel(const float* partials, int64_t runs, int64_t cols, float* dweight) {
-  __shared__ float sums[kSlices][32];
-  const int64_t col = static_cast<int64_t>(blockIdx.x) * 32 + threadIdx.x;
-  const int64_t share = (runs + kSlices - 1) / kSlices;
-  const int64_t begin = threadIdx.y * share, end = begin + share < runs ? begin + share : runs;
-  wait_for_earlier_kernels();
-  float sum = 0.0f;
-  if (col < cols) {
-#pragma unroll 8
-    for (int64_t run = begin; run < end; ++run) sum += partials[run * cols + col];
-  }
-  sums[threadIdx.y][threadIdx.x] = sum;
-  __syncthreads();
-  if (threadIdx.y > 0 || col >= cols) return;
-#pragma unroll
-  for (int s = 1; s < kSlices; ++s) sum += sums[s][threadIdx.x];
-  dweight[col] = sum;
-}
-
 template <class T, class X, int kOctets, bool kVector>
 void launch_backward(const RmsNormBackward& op, const BackwardPlan& plan, cudaStream_t stream) {
   constexpr auto kernel = norm_backward_kernel<T, X, kOctets, kVector>;
@@ -304,6 +258,11 @@ void backward_typed(const RmsNormBackward& op, cudaStream_t stream) {
   vector ? backward_octets<T, X, true>(op, stream) : backward_octets<T, X, false>(op, stream);
 }
 
+struct StoreSums {
+  float* dweight;
+  __device__ __forceinline__ void operator()(int64_t, int64_t col, float sum) const { dweight[col] = sum; }
+};
+
 }  // namespace
 
 void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream_pointer) {
@@ -315,16 +274,8 @@ void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream_pointer) {
     else
       op.x ? backward_typed<float, float>(op, stream) : backward_typed<float, uint8_t>(op, stream);
   }
-  cudaLaunchAttribute early = early_start();
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>((op.cols + 31) / 32));
-  config.blockDim = dim3(32, kSlices);
-  config.stream = stream;
-  config.attrs = &early;
-  config.numAttrs = 1;
-  cudaLaunchKernelEx(&config, fold_dweight_kernel, static_cast<const float*>(op.partials), backward_runs(op.rows, op.cols), op.cols,
-                     op.dweight);
-  check_launch("fold_dweight_kernel");
+  const int64_t runs = backward_runs(op.rows, op.cols);
+  fold_runs({op.partials, 1, 0, runs, op.cols, op.cols}, StoreSums{op.dweight}, stream);
 }
 
 }  // namespace eightfold::quant

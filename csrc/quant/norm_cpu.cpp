@@ -6,19 +6,11 @@
 #include "core/fp8.h"
 #include "core/threads.h"
 #include "quant/fused_cpu.h"
+#include "quant/lanes_cpu.h"
 #include "quant/norm.h"
 
 namespace eightfold::quant {
 namespace {
-
-// Sums run in 16 lanes and end in one tree: the order depends on the length alone, not on the instruction set.
-constexpr int64_t kLanes = 16;
-
-inline __attribute__((always_inline)) float fold_lanes(float* lanes) {
-  for (int64_t width = kLanes / 2; width > 0; width /= 2)
-    for (int64_t i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  return lanes[0];
-}
 
 EF_CPU_CLONES float sum_of_squares(const float* x, int64_t n) {
   float lanes[kLanes] = {};

@@ -14,6 +14,13 @@ from eightfold.ops.linear_attention import (
     linear_attention_quantize,
 )
 from eightfold.ops.loss import cross_entropy
+from eightfold.ops.modulate import (
+    gated_residual_layer_norm_modulate,
+    gated_residual_layer_norm_modulate_quantize,
+    layer_norm_modulate,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_quantize,
+)
 from eightfold.ops.norm import (
     add_rms_norm,
     add_rms_norm_quantize,
@@ -53,10 +60,15 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gated_residual_layer_norm_modulate",
+    "gated_residual_layer_norm_modulate_quantize",
     "gemm",
     "gemm_plan",
     "kernels_run_on",
     "kv_round",
+    "layer_norm_modulate",
+    "layer_norm_modulate_backward",
+    "layer_norm_modulate_quantize",
     "linear_attention",
     "linear_attention_packed",
     "linear_attention_quantize",

@@ -20,6 +20,13 @@ from eightfold.reference.linear_attention import (
     linear_attention_quantize,
 )
 from eightfold.reference.loss import cross_entropy
+from eightfold.reference.modulate import (
+    gated_residual_layer_norm_modulate,
+    gated_residual_layer_norm_modulate_quantize,
+    layer_norm_modulate,
+    layer_norm_modulate_backward,
+    layer_norm_modulate_quantize,
+)
 from eightfold.reference.norm import (
     add_rms_norm,
     add_rms_norm_quantize,
@@ -56,8 +63,13 @@ __all__ = [
     "dre_quantize",
     "fp8_gemm",
     "fp8_gemm_accumulate_",
+    "gated_residual_layer_norm_modulate",
+    "gated_residual_layer_norm_modulate_quantize",
     "gemm",
     "kv_round",
+    "layer_norm_modulate",
+    "layer_norm_modulate_backward",
+    "layer_norm_modulate_quantize",
     "linear_attention",
     "linear_attention_backward",
     "linear_attention_quantize",
