@@ -4,6 +4,7 @@ FAMILIES = (
     "quant",
     "norm",
     "modulate",
+    "conv",
     "activation",
     "rotary",
     "attention",

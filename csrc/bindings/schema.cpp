@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
       "layer_norm_modulate_backward(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor scale, Tensor? residual_grad, Tensor? branch, "
       "Tensor? gate) -> (Tensor dx, Tensor dbranch, Tensor dgate, Tensor dscale, Tensor dshift)");
 
+  // conv: images of channels-last pixels
+  m.def("depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
+  m.def("depthwise_glu_quantize(Tensor x, Tensor weight, Tensor bias) -> (Tensor codes, Tensor scales)");
+  m.def("depthwise_glu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+
   // rotary position embedding
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   m.def(

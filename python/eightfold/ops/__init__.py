@@ -6,6 +6,7 @@ from eightfold.ops.activation import swiglu, swiglu_backward_quantize, swiglu_qu
 from eightfold.ops.attention import attention, paged_attention, paged_attention_quantize, paged_store_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
+from eightfold.ops.conv import depthwise_glu, depthwise_glu_backward, depthwise_glu_quantize
 from eightfold.ops.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm, gemm_plan
 from eightfold.ops.linear_attention import (
     LinearAttentionState,
@@ -56,6 +57,9 @@ __all__ = [
     "build_info",
     "came8bit_",
     "cross_entropy",
+    "depthwise_glu",
+    "depthwise_glu_backward",
+    "depthwise_glu_quantize",
     "dre_dequantize",
     "dre_quantize",
     "fp8_gemm",

@@ -13,6 +13,7 @@ from eightfold.reference.attention import (
 )
 from eightfold.reference.block_attention import block_attention
 from eightfold.reference.confidence import lm_head_confidence, uncover_
+from eightfold.reference.conv import depthwise_glu, depthwise_glu_backward, depthwise_glu_quantize
 from eightfold.reference.gemm import fp8_gemm, fp8_gemm_accumulate_, gemm
 from eightfold.reference.linear_attention import (
     linear_attention,
@@ -58,6 +59,9 @@ __all__ = [
     "block_attention",
     "came8bit_",
     "cross_entropy",
+    "depthwise_glu",
+    "depthwise_glu_backward",
+    "depthwise_glu_quantize",
     "dequantize",
     "dre_dequantize",
     "dre_quantize",
