@@ -236,12 +236,40 @@ def linear(batch: int, tokens: int, heads: int, dim: int) -> None:
         op.linear_attention_backward(out, q, k, v, *states, *rest)
 
 
+def modulates(samples: int, tokens: int, features: int, dtype: torch.dtype) -> None:
+    shape = samples, tokens, features
+    x, branch, dy = (torch.randn(shape, device="cuda", dtype=dtype) for _ in range(3))
+    odd = torch.randn(x.numel() + 1, device="cuda", dtype=dtype)[1:].view(shape)
+    gate, scale, shift = torch.randn(samples, 3, features, device="cuda").unbind(1)
+    for training in (False, True):
+        for source in (x, odd):
+            op.layer_norm_modulate(source, scale, shift, 1e-6, training)
+            op.layer_norm_modulate_quantize(source, scale, shift, 1e-6, training)
+            for g in (gate, None):
+                rest = branch, g, scale, shift, 1e-6, training
+                op.gated_residual_layer_norm_modulate(source, *rest)
+                op.gated_residual_layer_norm_modulate_quantize(source, *rest)
+    _, mean, rstd = op.layer_norm_modulate(x, scale, shift, 1e-6, True)
+    for source in (x, odd):
+        op.layer_norm_modulate_backward(dy, source, mean, rstd, scale, None, None, None)
+        op.layer_norm_modulate_backward(dy, source, mean, rstd, scale, dy, branch, gate)
+
+
+def images(batch: int, height: int, width: int, channels: int) -> None:
+    x = torch.randn(batch, height, width, 2 * channels, device="cuda", dtype=torch.bfloat16)
+    weight, bias = torch.randn(2 * channels, 3, 3, device="cuda"), torch.randn(2 * channels, device="cuda")
+    op.depthwise_glu_quantize(x, weight, bias)
+    op.depthwise_glu_backward(op.depthwise_glu(x, weight, bias), x, weight, bias)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for dtype in FORMATS:
         for rows, cols in ((1, 16), (7, 272), (129, 144), (300, 1168)):
             casts(rows, cols, dtype)
             fused(rows, cols, dtype)
+        for size in ((1, 1, 8), (3, 43, 520), (2, 70, 2240), (1, 5, 8192)):
+            modulates(*size, dtype)
         optimizer([(1, 1), (3, 130), (40, 128), (17, 1000)], dtype)
     for m, n, k in ((1, 16, 16), (7, 144, 272), (64, 128, 128), (100, 400, 640), (130, 272, 400), (2100, 2064, 272)):
         products(m, n, k)
@@ -261,6 +289,8 @@ if __name__ == "__main__":
     blocks([(3, 100)], 64, 5, 5, 128, 112)
     for shape in ((1, 1, 1, 32), (2, 300, 5, 32), (1, 4200, 3, 64), (1, 130, 2, 128)):
         linear(*shape)
+    for size in ((1, 1, 1, 8), (2, 5, 7, 24), (2, 33, 20, 136), (1, 40, 65, 200)):
+        images(*size)
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)
