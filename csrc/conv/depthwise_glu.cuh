@@ -85,20 +85,14 @@ struct Taps {
   }
 };
 
-// A thread's sums for its columns of the rows above, at and below the one that is read.
-struct Sums {
-  Pair above[kColumns], here[kColumns], below[kColumns];
-
-  __device__ __forceinline__ void move_down() {
-#pragma unroll
-    for (int j = 0; j < kColumns; ++j) above[j] = here[j], here[j] = below[j];
-  }
-};
+// A thread's sums for its columns of three rows, which take turns as that above, at and below the one that is read.
+using Sums = Pair[3][kColumns];
 
 // `row`: the thread's slot of the pixel left of its first column. Each row above is complete after its right neighbour was read:
 // finish(column, sums) then. The flags say which of the three rows are wanted.
 template <int kOctets, bool kAbove, bool kHere, bool kBelow, class Finish>
-__device__ __forceinline__ void convolve_row(const float* row, const Taps& w, Sums& sums, const Finish& finish) {
+__device__ __forceinline__ void convolve_row(const float* row, const Taps& w, Pair (&above)[kColumns], Pair (&here)[kColumns],
+                                             Pair (&below)[kColumns], const Finish& finish) {
 #pragma unroll
   for (int c = -1; c <= kColumns; ++c) {
     const float* at = row + (c + 1) * Pixel<kOctets>::kFloats;
@@ -111,27 +105,40 @@ __device__ __forceinline__ void convolve_row(const float* row, const Taps& w, Su
         add_product(sum.value, w.taps[tap].value, s.value);
         add_product(sum.gate, w.taps[tap].gate, s.gate);
       };
-      if (kAbove) add(sums.above[j], 6 + right);
-      if (kHere) add(sums.here[j], 3 + right);
-      if (kBelow && right == 0) sums.below[j] = w.bias;
-      if (kBelow) add(sums.below[j], right);
-      if (kAbove && right == 2) finish(j, sums.above[j]);
+      if (kAbove) add(above[j], 6 + right);
+      if (kHere) add(here[j], 3 + right);
+      if (kBelow && right == 0) below[j] = w.bias;
+      if (kBelow) add(below[j], right);
+      if (kAbove && right == 2) finish(j, above[j]);
     }
   }
 }
 
-// Row `index` of `count` rows of a part: the first two complete none, the last begins none.
-template <int kOctets, class Finish>
-__device__ __forceinline__ void convolve_step(int index, int count, const float* row, const Taps& w, Sums& sums, const Finish& finish) {
-  if (index == 0)
-    convolve_row<kOctets, false, false, true>(row, w, sums, finish);
-  else if (index == 1)
-    convolve_row<kOctets, false, true, true>(row, w, sums, finish);
-  else if (index < count - 1)
-    convolve_row<kOctets, true, true, true>(row, w, sums, finish);
+template <int kOctets, int kTurn, class Finish>
+__device__ __forceinline__ void convolve_turn(bool last, const float* row, const Taps& w, Sums& sums, const Finish& finish) {
+  auto &above = sums[kTurn], &here = sums[(kTurn + 1) % 3], &below = sums[(kTurn + 2) % 3];
+  if (last)
+    convolve_row<kOctets, true, false, false>(row, w, above, here, below, finish);
   else
-    convolve_row<kOctets, true, false, false>(row, w, sums, finish);
-  sums.move_down();
+    convolve_row<kOctets, true, true, true>(row, w, above, here, below, finish);
+}
+
+// Row `index` of `count` rows of a part, `turn` being index % 3: the first two complete none, the last begins none. The turns are code of
+// their own, so that sums stay in their registers.
+template <int kOctets, class Finish>
+__device__ __forceinline__ void convolve_step(int index, int turn, int count, const float* row, const Taps& w, Sums& sums,
+                                              const Finish& finish) {
+  const bool last = index == count - 1;
+  if (index == 0)
+    convolve_row<kOctets, false, false, true>(row, w, sums[0], sums[1], sums[2], finish);
+  else if (index == 1)
+    convolve_row<kOctets, false, true, true>(row, w, sums[1], sums[2], sums[0], finish);
+  else if (turn == 0)
+    convolve_turn<kOctets, 0>(last, row, w, sums, finish);
+  else if (turn == 1)
+    convolve_turn<kOctets, 1>(last, row, w, sums, finish);
+  else
+    convolve_turn<kOctets, 2>(last, row, w, sums, finish);
 }
 
 // Rows of x on their way, and the steps that take their SiLU. A thread has an octet of one pixel of a row, in both halves; of the two

@@ -141,7 +141,11 @@ __global__ void __launch_bounds__(kMostThreads, 2) depthwise_glu_backward_kernel
       shared.weights[t][0][slot] = pair.value, shared.weights[t][1][slot] = pair.gate;
     }
   }
-  Sums sums{};
+  Sums sums = {};
+  uint32_t exist = 0;  // a bit a column
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j)
+    if (channel_exists && col + mine + j >= 0 && col + mine + j < images.width) exist |= 1u << j;
 
   // As differentiating: a slot of one half, eight columns.
   const int half = static_cast<int>(threadIdx.x) / P::kSlots % 2, from = static_cast<int>(threadIdx.x) / 32 * kWide;
@@ -156,21 +160,16 @@ __global__ void __launch_bounds__(kMostThreads, 2) depthwise_glu_backward_kernel
 
   fetcher.silu(0, taken, s_rows, plan.width);
   __syncthreads();
-  for (int i = 0; i <= taken; ++i) {
+  for (int i = 0, turn = 0; i <= taken; ++i, turn = turn == 2 ? 0 : turn + 1) {
     // dy of row i - 3 (convolving) and x of row i - 5 (differentiating), counted from the first of dx
     uint32_t dy[kColumns] = {}, x[kWide] = {};
-    uint32_t inside = 0;
     const int64_t d_row = first + i - 3;
-    if (i >= 2 && i < taken && d_row >= 0 && d_row < images.height && channel_exists) {
-      const auto* at = static_cast<const Bf16*>(op.dy) + (image * images.height + d_row) * images.width * images.channels + own_channel;
+    const uint32_t inside = i >= 2 && i < taken && d_row >= 0 && d_row < images.height ? exist : 0;
+    const auto* dy_at =
+        static_cast<const Bf16*>(op.dy) + ((image * images.height + d_row) * images.width + col + mine) * images.channels + own_channel;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        const int64_t column = col + mine + j;
-        if (column < 0 || column >= images.width) continue;
-        inside |= 1u << j;
-        dy[j] = __ldg(reinterpret_cast<const uint32_t*>(at + column * images.channels));
-      }
-    }
+    for (int j = 0; j < kColumns; ++j)
+      if (inside >> j & 1) dy[j] = __ldg(reinterpret_cast<const uint32_t*>(dy_at + j * images.channels));
     const int64_t at = ((image * images.height + first + i - 5) * images.width + col + from) * 2 * images.channels + half_channel;
     if (i >= 5) {
 #pragma unroll
@@ -184,7 +183,7 @@ __global__ void __launch_bounds__(kMostThreads, 2) depthwise_glu_backward_kernel
 #pragma unroll
       for (int t = 0; t <= kTaps; ++t) (t < kTaps ? w.taps[t] : w.bias) = {shared.weights[t][0][slot], shared.weights[t][1][slot]};
       float* to = dd_rows + ((i - 1) & (kDdRows - 1)) * floats + (1 + mine) * P::kFloats + slot * 2;
-      convolve_step<kOctets>(i, taken, s_rows + i % 2 * floats + mine * P::kFloats + slot * 2, w, sums, [&](int j, const Pair& d) {
+      convolve_step<kOctets>(i, turn, taken, s_rows + i % 2 * floats + mine * P::kFloats + slot * 2, w, sums, [&](int j, const Pair& d) {
         const float2 grad = unpack_pair(dy[j]);
         Pair dd = {make_float2(0.0f, 0.0f), make_float2(0.0f, 0.0f)};
         auto gradient = [](float grad, float value, float gate, float& dvalue, float& dgate) {

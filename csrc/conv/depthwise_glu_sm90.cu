@@ -27,6 +27,8 @@ struct Plan {
   int chunks, tiles, strips;  // of channels, columns, rows
 };
 
+// kCodes: what is stored of y.
+template <bool kCodes>
 __global__ void __launch_bounds__(kThreads, 2) depthwise_glu_kernel(const DepthwiseGlu op, const Plan plan) {
   extern __shared__ __align__(16) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
@@ -46,30 +48,31 @@ __global__ void __launch_bounds__(kThreads, 2) depthwise_glu_kernel(const Depthw
   const int slot = threadIdx.x % P::kSlots, mine = static_cast<int>(threadIdx.x) / P::kSlots * kColumns;  // column
   Taps w;
   w.load(op.weights, channel + P::channel(slot), images.channels);
-  Sums sums{};
+  Sums sums = {};
 
   // The next row of y, from where convolution has left it.
   const int pixel = threadIdx.x / kOctets, octet = threadIdx.x % kOctets;
   const int count = col + pixel < images.width && channel + octet * 8 < images.channels ? 8 : 0;
-  int64_t at = (image * images.height + first) * images.width + col + pixel;
-  Bf16* y = static_cast<Bf16*>(op.y) + at * images.channels + channel + octet * 8;
+  const int64_t at = (image * images.height + first) * images.width + col + pixel;
+  Bf16* y = static_cast<Bf16*>(op.y) + (kCodes ? 0 : at * images.channels + channel + octet * 8);
   quant::Quantized codes = op.codes;  // from the first of the group on
-  codes.codes += at * images.channels + channel, codes.scales += at + channel / kChannels * codes.scale_ld;
+  if (kCodes) codes.codes += at * images.channels + channel, codes.scales += at + channel / kChannels * codes.scale_ld;
   auto store = [&](const uint32_t (&row)[kWidth][kChannels / 2]) {
     const auto values = load_shared(reinterpret_cast<const Bf16*>(row[pixel]) + octet * 8);
-    if (op.codes.codes)
+    if constexpr (kCodes) {
       quant::cast_row_octet(values, codes, 0, octet * 8, 0, count, true);
-    else if (count > 0)
-      store_octet_whole(y, values);
-    y += images.width * images.channels;
-    codes.codes += images.width * images.channels, codes.scales += images.width;
+      codes.codes += images.width * images.channels, codes.scales += images.width;
+    } else {
+      if (count > 0) store_octet_whole(y, values);
+      y += images.width * images.channels;
+    }
   };
 
   x.silu(0, taken, shared.s[0], kWidth);
   __syncthreads();
-  for (int i = 0; i < taken; ++i) {
+  for (int i = 0, turn = 0; i < taken; ++i, turn = turn == 2 ? 0 : turn + 1) {
     if (i + 1 < taken) x.silu(i + 1, taken, shared.s[(i + 1) % 2], kWidth);
-    convolve_step<kOctets>(i, taken, shared.s[i % 2] + mine * P::kFloats + slot * 2, w, sums, [&](int j, const Pair& d) {
+    convolve_step<kOctets>(i, turn, taken, shared.s[i % 2] + mine * P::kFloats + slot * 2, w, sums, [&](int j, const Pair& d) {
       const float low = __fmul_rn(d.value.x, __fmul_rn(d.gate.x, sigmoid(d.gate.x)));
       const float high = __fmul_rn(d.value.y, __fmul_rn(d.gate.y, sigmoid(d.gate.y)));
       shared.y[i % 2][mine + j][P::channel(slot) / 2] = pack_bf16(low, high);
@@ -93,14 +96,19 @@ Plan plan_of(const Images& images) {
   return {static_cast<int>(chunks), static_cast<int>(tiles), static_cast<int>(best)};
 }
 
+template <bool kCodes>
+void launch(const DepthwiseGlu& op, cudaStream_t stream) {
+  const Plan plan = plan_of(op.images);
+  allow_shared_memory<depthwise_glu_kernel<kCodes>>(sizeof(Shared), current_device(), "depthwise_glu: reserving shared memory");
+  launch_kernel(false, "depthwise_glu_kernel", depthwise_glu_kernel<kCodes>, op.images.batch * plan.strips * plan.tiles * plan.chunks,
+                kThreads, sizeof(Shared), stream, op, plan);
+}
+
 }  // namespace
 
 void depthwise_glu_sm90(const DepthwiseGlu& op, void* stream) {
   if (op.images.pixels() == 0 || op.images.channels == 0) return;
-  const Plan plan = plan_of(op.images);
-  allow_shared_memory<depthwise_glu_kernel>(sizeof(Shared), current_device(), "depthwise_glu: reserving shared memory");
-  launch_kernel(false, "depthwise_glu_kernel", depthwise_glu_kernel, op.images.batch * plan.strips * plan.tiles * plan.chunks, kThreads,
-                sizeof(Shared), static_cast<cudaStream_t>(stream), op, plan);
+  op.codes.codes ? launch<true>(op, static_cast<cudaStream_t>(stream)) : launch<false>(op, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace eightfold::conv
