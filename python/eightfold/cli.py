@@ -8,13 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from eightfold.cli_images import IMAGE, add_images
 from eightfold.train.image.command import add_sana_parts
 
 USER_ERROR, INTERRUPTED = 2, 130
 # Flags of generate that not all of its modes take.
 _TEXT, _DIFFUSION = ("max_tokens", "top_k", "top_p"), ("canvas", "block", "cache", "threshold", "factor", "steps")
-_IMAGE = ("embeddings", "classes", "encoder", "instruction", "negative", "vae", "seeds", "size", "steps", "guidance")
-_IMAGE += ("solver", "shift", "batch", "best_of", "judge", "output")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -184,7 +183,7 @@ def _generate(args: argparse.Namespace) -> int:
     if args.image:
         return _generate_images(args)
     others, where = (_TEXT, "not with --diffusion") if args.diffusion else (_DIFFUSION, "only with --diffusion")
-    images = [name for name in _IMAGE if name not in ("steps", "output")]
+    images = [name for name in IMAGE if name not in ("steps", "output")]
     for names, reason in ((others, where), (images, "only with --image")):
         wrong = [f"--{name.replace('_', '-')}" for name in names if getattr(args, name) is not None]
         if wrong:
@@ -212,7 +211,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _generate_images(args: argparse.Namespace) -> int:
-    others = [name for name in (*_TEXT, *_DIFFUSION) if name not in _IMAGE and getattr(args, name) is not None]
+    others = [name for name in (*_TEXT, *_DIFFUSION) if name not in IMAGE and getattr(args, name) is not None]
     others += [name for name in ("diffusion", "demo", "chat", "temperature") if getattr(args, name)]
     if others:
         raise ValueError(f"--{others[0].replace('_', '-')}: not with --image")
@@ -280,26 +279,6 @@ def _add_settings(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument("--resume", nargs="?", const="latest", metavar="CHECKPOINT", help="go on (default: the latest)")
 
 
-def _add_images(generate: argparse.ArgumentParser) -> None:
-    group = generate.add_argument_group("images", "Texts are embeddings, or with --encoder the prompt (lines of it).")
-    add = group.add_argument
-    add("--image", action="store_true", help="a SANA transformer makes images; --output is a .png grid, or a folder")
-    add("--embeddings", metavar="FILE", help="safetensors with embeddings, mask, negative (default: the model's own)")
-    add("--classes", metavar="LIST", help="rows of the embeddings, such as 0,2,5-8 (default: all)")
-    add("--encoder", metavar="FOLDER", help="instead of embeddings: a text encoder of transformers, for the prompt")
-    add("--instruction", metavar="FILE", help="text that goes before each prompt, with --encoder")
-    add("--negative", metavar="TEXT", help="prompt to lead away from, with --encoder (default: the empty one)")
-    add("--vae", metavar="FOLDER", help="DC-AE decoder (default: the model's own; without one latents are pixels)")
-    add("--seeds", metavar="LIST", help="an image of each text for each, such as 0,2,5-8 (default: --seed)")
-    add("--size", metavar="HxW", help="pixels (default: what the model was made for)")
-    add("--guidance", type=float, help="default: 4.5; 1 is none")
-    add("--solver", choices=("flow-dpm", "flow-euler"), help="default: flow-dpm")
-    add("--shift", type=float, help="of the steps towards noise (default: 3)")
-    add("--batch", type=int, help="images at once (default: 16)")
-    add("--best-of", type=int, metavar="N", help="make so many for each image and let --judge choose")
-    add("--judge", metavar="PATH", help="module:function or file.py:function: (image, prompt) to (yes, score)")
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="eightfold", description="FP8 training and generation kernels for torch.")
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
@@ -365,7 +344,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--steps", type=int, help="instead: uncover a block in so many passes; of images (20)")
     generate.add_argument("--demo", action="store_true", help="with --diffusion: a tiny model learns sums on a CPU")
     generate.add_argument("--output", help="of --demo, folder (diffusion_demo_output); of --image (images.png)")
-    _add_images(generate)
+    add_images(generate)
     generate.set_defaults(run=_generate)
 
     export = commands.add_parser("export", help="write a model for transformers, vLLM or SGLang, in FP8 or bf16")
