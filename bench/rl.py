@@ -121,8 +121,7 @@ def _train(model: Decoder, optimizer, asked, groups, micro_batch: int, device) -
     ]
     drawn = sum(len(sample.completion.tokens) for sample in samples)
     worst = torch.zeros((), device=device)
-    for first in range(0, len(samples), micro_batch):
-        packed = pack(samples[first : first + micro_batch], device)
+    for packed in [pack(samples[at : at + micro_batch], device) for at in range(0, len(samples), micro_batch)]:
         found = packed.log_probs(model)
         worst = torch.maximum(worst, (found.detach() - packed.batch.rollout_logp).abs().max())
         (-(found * packed.batch.spread(packed.batch.advantages)).sum() / drawn).backward()

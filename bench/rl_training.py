@@ -11,7 +11,7 @@ import eightfold.optim
 from eightfold.generate.requests import Completion
 from eightfold.models.decoder import Decoder
 from eightfold.models.precision import KeptWeights
-from eightfold.train.rl.batches import Sample, pack
+from eightfold.train.rl.batches import PackedSamples, Sample, pack
 
 from .common import Bench
 from .decode import QWEN3_8B, SMALL, random_decoder
@@ -48,28 +48,31 @@ def _measured(bench: Bench, model: Decoder, precision: str, prompt: int, complet
         trained.compute.codes, trained.compute.add_to_grad = KeptWeights(torch.bfloat16).codes, True
     generator = torch.Generator().manual_seed(1)
 
-    def step(count: int) -> None:
+    def packed(count: int) -> PackedSamples:
         def ids(length: int) -> list[int]:
             return torch.randint(model.config.vocab_size, (length,), generator=generator).tolist()
 
         drawn = Completion(ids(completion), [0.0] * completion, "length")
-        packed = pack([Sample(ids(prompt), drawn, 1.0, 0.0) for _ in range(count)], device)
-        packed.log_probs(trained).sum().backward()
+        return pack([Sample(ids(prompt), drawn, 1.0, 0.0) for _ in range(count)], device)
+
+    def step(samples: PackedSamples) -> None:
+        samples.log_probs(trained).sum().backward()
 
     optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-6)
-    step(1)
+    step(packed(1))
     optimizer.step()  # its states are there from now on
     optimizer.zero_grad(set_to_none=True)
     count = _fitting(trained, prompt, completion, device)
-    for _ in range(2):
-        step(count)
+    batches = [packed(count) for _ in range(ROUNDS)]  # all of a step's, before the first is computed
+    for samples in batches[:2]:
+        step(samples)
     begin = _synchronized(device)
-    for _ in range(ROUNDS):
-        step(count)
+    for samples in batches:
+        step(samples)
     ms = 1e3 * (_synchronized(device) - begin) / ROUNDS
     if bench.kernels and device.type == "cuda":
         print(f"  {precision}, {count} sequences:")
-        print(KernelTimes(lambda: step(count), ms, 1).table(bench.kernels))
+        print(KernelTimes(lambda: step(batches[0]), ms, 1).table(bench.kernels))
     return {
         "ms": ms,
         "sequences": count,

@@ -192,7 +192,8 @@ class Packed:
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """q [1, tokens, heads, D], k and v [1, tokens, kv_heads, D] -> [1, tokens, heads * D]."""
         mask = {"causal": self.block > 0, "block": max(self.block, 1)}
-        return attention(q[0], k[0], v[0], starts=self.starts, longest=self.longest, **mask).flatten(1)[None]
+        q, k, v = (heads.squeeze(0) for heads in (q, k, v))  # whose gradients are views, as [0]'s are not
+        return attention(q, k, v, starts=self.starts, longest=self.longest, **mask).flatten(1)[None]
 
 
 class PagedCache:

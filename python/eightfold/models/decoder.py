@@ -321,7 +321,7 @@ class Decoder(nn.Module):
         `attend` (`models.attention.Packed`, `Paged`)."""
         if ids.numel() == 0:
             return torch.zeros(0, self.config.hidden_size, dtype=self.compute.dtype, device=ids.device)
-        return self._layers(ids[None], positions[None], attend)[0]
+        return self._layers(ids[None], positions[None], attend).squeeze(0)
 
     @property
     def _bias_dtype(self) -> torch.dtype:
