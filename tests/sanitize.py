@@ -107,7 +107,8 @@ def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int)
             for few in (False, True):  # a cluster takes a row of few
                 rows, classes = (tokens, vocabulary) if not few else (3, 9001)
                 logits, temperatures = torch.randn(rows, classes, device="cuda"), torch.rand(rows, device="cuda")
-                op.cross_entropy(logits, labels[:rows].clone(), training, dtype, temperatures)
+                grad_output = torch.rand(rows, device="cuda") if training else None
+                op.cross_entropy(logits, labels[:rows].clone(), training, dtype, temperatures, grad_output)
 
 
 def optimizer(shapes: list[tuple[int, int]], dtype: torch.dtype) -> None:

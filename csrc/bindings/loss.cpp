@@ -5,8 +5,18 @@
 namespace eightfold::bindings {
 namespace {
 
+// A float32 for each row of logits, or null.
+const float* value_a_row(const std::optional<Tensor>& values, const Tensor& logits, const char* op, const char* name) {
+  if (!values) return nullptr;
+  check_same_device(*values, logits, op, name);
+  check_dtype(*values, {ScalarType::Float}, op, name);
+  check_shape(*values, {logits.size(0)}, op, name);
+  check_contiguous(*values, op, name);
+  return static_cast<const float*>(values->data_ptr());
+}
+
 std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& labels, bool training, ScalarType grad_dtype,
-                                         const std::optional<Tensor>& temperatures) {
+                                         const std::optional<Tensor>& temperatures, const std::optional<Tensor>& grad_output) {
   const char* op = "cross_entropy";
   check_rank(logits, 2, op, "logits");
   check_dtype(logits, {ScalarType::Float}, op, "logits");
@@ -17,12 +27,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& lab
   check_contiguous(labels, op, "labels");
   EF_CHECK(grad_dtype == ScalarType::BFloat16 || grad_dtype == ScalarType::Float, op, ": grad_dtype must be bfloat16 or float32, got ",
            name_of(grad_dtype));
-  if (temperatures) {
-    check_same_device(*temperatures, logits, op, "temperatures");
-    check_dtype(*temperatures, {ScalarType::Float}, op, "temperatures");
-    check_shape(*temperatures, {logits.size(0)}, op, "temperatures");
-    check_contiguous(*temperatures, op, "temperatures");
-  }
+  const float* temperature_of_row = value_a_row(temperatures, logits, op, "temperatures");
+  const float* upstream_of_row = value_a_row(grad_output, logits, op, "grad_output");
   const int64_t rows = logits.size(0), cols = logits.size(1);
   EF_CHECK(cols > 0 || rows == 0, op, ": logits must have at least one column, got shape ", shape_of(logits));
   Tensor loss = empty({rows}, ScalarType::Float, logits);
@@ -32,7 +38,8 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& lab
                           cols,
                           logits.stride(0),
                           static_cast<const int64_t*>(labels.data_ptr()),
-                          temperatures ? static_cast<const float*>(temperatures->data_ptr()) : nullptr,
+                          temperature_of_row,
+                          upstream_of_row,
                           static_cast<float*>(loss.data_ptr()),
                           training ? grad.data_ptr() : nullptr,
                           grad_dtype == ScalarType::Float ? DType::f32 : DType::bf16};

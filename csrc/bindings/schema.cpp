@@ -105,8 +105,8 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
 
   // loss
   m.def(
-      "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16, Tensor? temperatures=None) "
-      "-> (Tensor loss, Tensor grad)");
+      "cross_entropy(Tensor logits, Tensor labels, bool training=False, ScalarType grad_dtype=bfloat16, Tensor? temperatures=None, "
+      "Tensor? grad_output=None) -> (Tensor loss, Tensor grad)");
 
   // gemm: a @ b^T
   m.def(

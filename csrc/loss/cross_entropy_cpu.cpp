@@ -49,9 +49,10 @@ void cross_entropy_cpu(const CrossEntropy& op) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t label = op.labels[r];
       const bool ignored = label == kIgnoredLabel, known = label >= 0 && label < op.cols;
+      const float upstream = op.grad_output != nullptr ? op.grad_output[r] : 1.0f;
       if (ignored) {
         op.loss[r] = 0.0f;
-        std::fill(row.begin(), row.end(), 0.0f);
+        std::fill(row.begin(), row.end(), 0.0f * upstream);
       } else {
         const float* x = op.logits + r * op.ld;
         const float cold = op.temperatures != nullptr && op.temperatures[r] > 0.0f ? 1.0f / op.temperatures[r] : 1.0f;
@@ -66,6 +67,7 @@ void cross_entropy_cpu(const CrossEntropy& op) {
         scale(row.data(), op.cols, known ? 1.0f / sum : nan, row.data());
         if (known) row[label] -= 1.0f;
         if (cold != 1.0f) scale(row.data(), op.cols, cold, row.data());
+        if (upstream != 1.0f) scale(row.data(), op.cols, upstream, row.data());
       }
       if (op.grad != nullptr) quant::narrow(row.data(), op.cols, op.grad, op.grad_type, r * op.cols);
     }

@@ -49,6 +49,11 @@ __device__ __forceinline__ float coldness(const CrossEntropy& op, int64_t row) {
   return op.temperatures != nullptr && op.temperatures[row] > 0.0f ? 1.0f / op.temperatures[row] : 1.0f;
 }
 
+// The gradient that reaches the row's loss.
+__device__ __forceinline__ float upstream_of(const CrossEntropy& op, int64_t row) {
+  return op.grad_output != nullptr ? op.grad_output[row] : 1.0f;
+}
+
 // This thread's share of a part of the row.
 template <bool kVector>
 __device__ Running over_part(const float* logits, uint32_t cols, uint32_t part, float cold) {
@@ -86,8 +91,11 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kerne
   if (label == kIgnoredLabel) {  // so for all blocks of a cluster
     if (threadIdx.x == 0 && rank == 0) op.loss[row] = 0.0f;
     if (op.grad == nullptr) return;
+    const float zero = __fmul_rn(0.0f, upstream_of(op, row));  // a NaN that reaches the loss stays one
+    Octet<G> zeros;
+    zeros.set({zero, zero, zero, zero, zero, zero, zero, zero});
     for (uint32_t col = first; col < cols; col += kBlocks * kStep) {
-      store_octet(grad + col, Octet<G>{}, static_cast<int>(min(cols - col, 8u)), kVector);
+      store_octet(grad + col, zeros, static_cast<int>(min(cols - col, 8u)), kVector);
     }
     return;
   }
@@ -120,14 +128,15 @@ __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kerne
   const float nan = __int_as_float(0x7FC00000);
   if (threadIdx.x == 0 && rank == 0) op.loss[row] = known ? logf(all.sum) + (all.max - __fmul_rn(logits[label], cold)) : nan;
   if (op.grad == nullptr) return;
-  const float inverse = known ? 1.0f / all.sum : nan;
+  const float inverse = known ? 1.0f / all.sum : nan, upstream = upstream_of(op, row);
   for (uint32_t col = first; col < cols; col += kBlocks * kStep) {
     const int count = static_cast<int>(min(cols - col, 8u));
     const Octet<float> x = load_octet<kVector>(logits + col, count);
     float values[8];
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      values[j] = (exp_nonpositive(__fmul_rn(x.value(j), cold) - all.max) * inverse - (col + j == label ? 1.0f : 0.0f)) * cold;
+      const float share = exp_nonpositive(__fmul_rn(x.value(j), cold) - all.max) * inverse;
+      values[j] = __fmul_rn((share - (col + j == label ? 1.0f : 0.0f)) * cold, upstream);
     }
     Octet<G> out;
     out.set(values);

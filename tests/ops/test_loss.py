@@ -51,6 +51,36 @@ def test_temperatures(shape, device):
     )
 
 
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(9, 1000), (5, 49152), (7, 9001), (130, 9001), (130, 151936)], ids=str)
+def test_grad_output(shape, grad_dtype, device):
+    """The bits of the float32 gradient multiplied once and rounded once, and autograd's numbers."""
+    logits, labels = case(shape, device)
+    labels[1], labels[2], labels[3] = -100, -100, shape[1]
+    temperatures = torch.rand(shape[0], device=device) + 0.5
+    grad_output = torch.randn(shape[0], device=device)
+    grad_output[1], grad_output[2] = -2.0, torch.nan
+    for t in (None, temperatures):
+        loss, grad = op(logits, labels, True, grad_dtype, t, grad_output)
+        plain_loss, plain = op(logits, labels, True, torch.float32, t)
+        wanted = (plain * grad_output[:, None]).to(grad_dtype)
+        assert torch.equal(loss.nan_to_num(7.0), plain_loss.nan_to_num(7.0))
+        assert grad.dtype == grad_dtype
+        assert torch.equal(torch.isnan(grad), torch.isnan(wanted))
+        assert torch.isnan(grad[2:4]).all()
+        signs_too = torch.int32 if grad_dtype == torch.float32 else torch.int16
+        assert torch.equal(*(x.nan_to_num(7.0).view(signs_too) for x in (grad, wanted)))
+    rows = [0, *range(4, min(shape[0], 9))]
+    exact = logits[rows].double().requires_grad_()
+    expected = F.cross_entropy(exact / temperatures[rows, None], labels[rows], reduction="none")
+    (expected_grad,) = torch.autograd.grad(expected, exact, grad_output[rows].double())
+    for found in (grad, reference(logits, labels, True, grad_dtype, temperatures, grad_output)[1]):
+        rtol = 5e-5 if grad_dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(found[rows].double(), expected_grad, rtol=rtol, atol=1e-6)
+        assert torch.all(found[1] == 0)
+        assert torch.isnan(found[2:4]).all()
+
+
 def test_ignored_and_impossible_labels(device):
     logits, labels = case((6, 300), device)
     labels[1], labels[2], labels[4] = -100, 300, -1
@@ -78,12 +108,13 @@ def test_extreme_logits(device):
 def test_a_row_depends_on_itself_alone(shape, device):
     """Also where a few rows are taken by more blocks than many are."""
     logits, labels = case(shape, device)
-    temperatures = torch.rand(shape[0], device=device) + 0.5
-    whole = op(logits, labels, True, torch.bfloat16, temperatures)
+    temperatures, grad_output = torch.rand(shape[0], device=device) + 0.5, torch.randn(shape[0], device=device)
+    whole = op(logits, labels, True, torch.bfloat16, temperatures, grad_output)
     for count in (1, 2, 100):
         for i in (0, 4, 8):
             part = slice(i, i + count)
-            few = op(logits[part].clone(), labels[part], True, torch.bfloat16, temperatures[part].clone())
+            scales = temperatures[part].clone(), grad_output[part].clone()
+            few = op(logits[part].clone(), labels[part], True, torch.bfloat16, *scales)
             assert all(torch.equal(a[part], b) for a, b in zip(whole, few, strict=True)), (count, i)
 
 
@@ -100,12 +131,15 @@ def test_public_function():
     loss, grad = cross_entropy(logits, labels)
     assert grad is None
     assert torch.equal(cross_entropy(logits, labels, training=True)[0], loss)
+    options = {"training": True, "grad_dtype": torch.float32}
+    halved = cross_entropy(logits, labels, **options, grad_output=torch.full((3,), 0.5))
+    assert torch.equal(halved[1], cross_entropy(logits, labels, **options)[1] / 2)
 
 
 def test_torch_citizen(device):
     logits, labels = case((3, 40), device)
-    for temperatures in (None, torch.rand(3, device=device)):
-        torch.library.opcheck(op, (logits, labels, True, torch.bfloat16, temperatures))
+    for a_row in ((None, None), torch.rand(2, 3, device=device).unbind()):
+        torch.library.opcheck(op, (logits, labels, True, torch.bfloat16, *a_row))
     compiled = torch.compile(lambda x: op(x * 2, labels, True)[0].sum(), fullgraph=True)
     torch.testing.assert_close(compiled(logits), op(logits * 2, labels, True)[0].sum())
 
@@ -113,13 +147,15 @@ def test_torch_citizen(device):
 @pytest.mark.gpu
 def test_cuda_graph():
     logits, labels = case((3, 4000), "cuda")
+    arguments = logits, labels, True, torch.bfloat16, None, torch.ones(3, device="cuda")
     graph = torch.cuda.CUDAGraph()
-    op(logits, labels, True)
+    op(*arguments)
     with torch.cuda.graph(graph):
-        loss, grad = op(logits, labels, True)
-    logits.normal_()
+        loss, grad = op(*arguments)
+    for x in (logits, arguments[-1]):
+        x.normal_()
     graph.replay()
-    expected = op(logits, labels, True)
+    expected = op(*arguments)
     assert torch.equal(loss, expected[0])
     assert torch.equal(grad, expected[1])
 
@@ -136,6 +172,9 @@ def test_cuda_graph():
         ({"labels": torch.zeros(8).long()[::2]}, "cross_entropy: labels must be contiguous"),
         ({"temperatures": torch.ones(3)}, r"cross_entropy: temperatures must have shape \[4\], got \[3\]"),
         ({"temperatures": torch.ones(4).double()}, "cross_entropy: temperatures must be float32, got float64"),
+        ({"grad_output": torch.ones(3)}, r"cross_entropy: grad_output must have shape \[4\], got \[3\]"),
+        ({"grad_output": torch.ones(4).bfloat16()}, "cross_entropy: grad_output must be float32, got bfloat16"),
+        ({"grad_output": torch.ones(8)[::2]}, "cross_entropy: grad_output must be contiguous"),
         ({"grad_dtype": torch.float16}, "cross_entropy: grad_dtype must be bfloat16 or float32, got float16"),
     ],
 )

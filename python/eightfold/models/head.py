@@ -177,10 +177,8 @@ class _TokenLogProbs(torch.autograd.Function):
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
-            error = ops.cross_entropy(found, tokens[part], True, torch.float32, temperatures[part])[1]
-            # Scaled and rounded in one pass over what is as large as the logits.
-            rounded_error = torch.empty_like(error, dtype=dtype)
-            error = _operand(torch.mul(error, -grad[part, None], out=rounded_error), dtype)
+            error = ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part], -grad[part])[1]
+            error = _operand(error, dtype)
             if need_hidden:
                 d_hidden[part] = _matmul(error, w).to(dtype)
             if need_weight:
