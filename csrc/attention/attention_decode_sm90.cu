@@ -59,30 +59,38 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   share.part = lane % kParts;
   // Where a unit has all queries, nobody reads its keys again: what else the L2 cache holds, as weights of norms, is read once more.
   share.policy = args.most_rows > kRows ? l2_evict_normal() : l2_evict_first();
+  // The lane's share of a tile.
+  const auto share_of = [&](const Unit& unit, int32_t tile) {
+    const int32_t kept = unit.keys - tile * kTile;
+    share.keys = kept < kTile ? kFewKeys : min(args.keys.page_size, kTile);
+    share.begin = lane / kParts * share.keys;
+    share.coming = min((kept + share.keys - 1) / share.keys * share.keys, kTile);
+    const int32_t key = tile * kTile + share.begin;
+    share.page = share.begin < share.coming ? args.keys.page(unit.sequence, key) : 0;
+    share.place = key % args.keys.page_size;
+    return share;
+  };
   RingPosition<C::kStages> at;
   bool waits = args.settled;
   for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     share.head = unit.head;
-    for (int32_t tile = unit.chunk * kTilesOfChunk; tile < unit.end_tile(); ++tile) {
-      const int32_t kept = unit.keys - tile * kTile;
-      if (waits && kept - unit.queries < kTile) {  // it has keys of this launch's own rows
+    const int32_t first = unit.chunk * kTilesOfChunk, end = unit.end_tile();
+    Share next = share_of(unit, first);
+    for (int32_t tile = first; tile < end; ++tile) {
+      if (waits && unit.keys - tile * kTile - unit.queries < kTile) {  // it has keys of this launch's own rows
         wait_for_earlier_kernels();
         waits = false;
       }
-      share.keys = kept < kTile ? kFewKeys : min(args.keys.page_size, kTile);
-      share.begin = lane / kParts * share.keys;
-      const int32_t key = tile * kTile + share.begin, coming = min((kept + share.keys - 1) / share.keys * share.keys, kTile);
-      const bool mine = share.begin < coming;
-      share.page = mine ? args.keys.page(unit.sequence, key) : 0;
-      share.place = key % args.keys.page_size;
+      const Share now = next;
+      if (tile + 1 < end) next = share_of(unit, tile + 1);  // its page is on the way
 #pragma unroll
       for (int which = 0; which < 2; ++which) {
         const uint32_t full = shared + C::kFull + 8 * at.stage;
         barrier_wait(shared + C::kEmpty + 8 * at.stage, at.parity ^ 1);
-        if (lane == 0) barrier_arrive_expect(full, coming * (C::kTileBytes / kTile));
+        if (lane == 0) barrier_arrive_expect(full, now.coming * (C::kTileBytes / kTile));
         __syncwarp();
-        if (mine) pages.template load<kDim>(which, shared + C::kRing + at.stage * C::kTileBytes, full, args.keys, share);
+        if (now.begin < now.coming) pages.template load<kDim>(which, shared + C::kRing + at.stage * C::kTileBytes, full, args.keys, now);
         at.advance();
       }
     }
@@ -190,10 +198,10 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
     barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
     if constexpr (!Pages::kCodes) return tile;
     warpgroup_meet(1);
-    widen<kDim>(shared + C::kWide, tile, kept);
+    widen<kDim, kExist == 1 ? 4 : 2>(shared + C::kWide, tile, kept);  // what leaves all in registers
+    release();
     async_fence();
     warpgroup_meet(1);
-    release();
     return shared + C::kWide;
   };
   auto done = [&] {
@@ -330,8 +338,11 @@ __global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant_
   const int32_t rows_of_sequence = args.kv_heads * args.slots.rows;
   if (!args.settled) wait_for_earlier_kernels();
   Sequence sequence(args, static_cast<int32_t>(blockIdx.x) / rows_of_sequence);
+  const bool few = args.sequences <= kFewSequences;
+  int32_t span = 0;
+  if (few) span = span_of(args, __reduce_add_sync(0xFFFFFFFFu, sequence_of_lane(args).chunks));
   wait_for_earlier_kernels();
-  const int32_t span = *args.slots.span;
+  if (!few) span = *args.slots.span;
   if (span == 0) return;
   for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
     const int32_t row = static_cast<int32_t>(index % args.slots.rows), of = static_cast<int32_t>(index / args.slots.rows);
@@ -434,6 +445,7 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.most_rows = static_cast<int32_t>(most_rows(op)), args.most_chunks = static_cast<int32_t>(most_chunks(op));
   args.block = static_cast<int32_t>(op.block);
   args.settled = op.settled;
+  args.blocks = static_cast<int32_t>(blocks_of(op));
   args.whole = few_queries(op) && whole_sequences(op);
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));

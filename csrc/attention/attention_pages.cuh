@@ -19,6 +19,7 @@ constexpr int kFewKeys = 16;
 struct Share {
   int32_t head, page, place;  // place: of the first key in the page
   int32_t begin, keys, part;  // begin: of the first key in the tile; keys: of a whole page, or of the tile, or kFewKeys
+  int32_t coming;             // of the tile's keys, of all lanes
   uint64_t policy;            // of the L2 cache
 };
 
@@ -73,24 +74,32 @@ struct CodePages {
 
 // A tile of CodePages as the tensor core wants it, bf16(code * scale); keys from `kept` on are zeros, whatever came for them. By all
 // threads of a warpgroup; async_fence() and a meeting follow. Neighbours take neighbouring eight codes, and each the same of every
-// kStep-th key: no bank of shared memory is asked twice at once.
-template <int kDim, int kKeys = kTile>
+// kStep-th key: no bank of shared memory is asked twice at once. The loads of four keys are on their way together.
+template <int kDim, int kAhead = 4, int kKeys = kTile>
 __device__ __forceinline__ void widen(uint32_t to, uint32_t tile, int32_t kept) {
   constexpr int kPieces = kDim / 8, kStep = 128 / kPieces / 8 * 8;  // a multiple of 8 keys keeps the swizzle
+  static_assert(kKeys % (kAhead * kStep) == 0);
   const uint32_t thread = in_register(threadIdx.x % 128), key = thread / kPieces, piece = thread % kPieces;
   if (thread >= kStep * kPieces) return;
   const uint32_t from = tile + 8 * thread, scale = tile + kKeys * kDim + 4 * key;
   to += piece / 8 * Shape<kDim, kKeys>::kBlockBytes + key * 128 + (piece % 8 ^ key % 8) * 16;
-#pragma unroll 4
-  for (int32_t i = 0; i < kKeys; i += kStep) {
-    uint4 words = make_uint4(0, 0, 0, 0);
-    if (static_cast<int32_t>(key) + i < kept) {
+  kept -= static_cast<int32_t>(key);
+#pragma unroll 1
+  for (int32_t first = 0; first < kKeys; first += kAhead * kStep) {
+    Octet<ScaledCodes> codes[kAhead];
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int32_t i = first + a * kStep;
       const float2 pair = load_shared_pair(from + i * kDim);
-      const Octet<__nv_bfloat16> wide =
-          widened({{__float_as_uint(pair.x), __float_as_uint(pair.y), __float_as_uint(load_shared_float(scale + 4 * i))}});
-      words = make_uint4(wide.words[0], wide.words[1], wide.words[2], wide.words[3]);
+      codes[a] = {{__float_as_uint(pair.x), __float_as_uint(pair.y), __float_as_uint(load_shared_float(scale + 4 * i))}};
     }
-    store_shared(to + i * 128, words);
+#pragma unroll
+    for (int a = 0; a < kAhead; ++a) {
+      const int32_t i = first + a * kStep;
+      const Octet<__nv_bfloat16> wide = widened(codes[a]);
+      const auto word = [&](int w) { return i < kept ? wide.words[w] : 0; };
+      store_shared(to + i * 128, make_uint4(word(0), word(1), word(2), word(3)));
+    }
   }
 }
 

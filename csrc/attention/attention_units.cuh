@@ -36,6 +36,7 @@ struct PagedArgs {
   int32_t block;                                               // of the mask
   int32_t settled;                                             // as of PagedAttention
   int32_t whole;                                               // a unit is a sequence and a KV head
+  int32_t blocks;                                              // that compute units
   float factor;
 };
 
@@ -43,6 +44,8 @@ struct PagedArgs {
 struct Sequence {
   int32_t row, queries, keys, chunks;
 
+  __device__ __forceinline__ Sequence(const PagedArgs& args, int32_t row, int32_t queries, int32_t keys)
+      : row(row), queries(queries), keys(keys), chunks(queries > 0 ? chunks_of(args, keys) : 0) {}
   __device__ __forceinline__ Sequence(const PagedArgs& args, int32_t index) {
     row = __ldcg(args.starts + index);
     queries = __ldcg(args.starts + index + 1) - row;
@@ -56,24 +59,62 @@ struct Sequence {
   __device__ __forceinline__ int32_t units(const PagedArgs& args, int32_t span) const { return (chunks + span - 1) / span * blocks(args); }
 };
 
-// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums. Where units are
-// whole sequences nothing need be counted: run is 0, and a unit of a sequence that asks for nothing has no tiles.
+constexpr int kFewSequences = 32;  // of which each lane of a warp has one
+
+__device__ __forceinline__ Sequence sequence_of_lane(const PagedArgs& args) {
+  const int32_t lane = threadIdx.x % 32;
+  return lane < args.sequences ? Sequence(args, lane) : Sequence(args, 0, 0, 0);
+}
+
+__device__ __forceinline__ int32_t span_of(const PagedArgs& args, int32_t chunks) {
+  return args.slots.parts == 0 ? args.most_chunks : max(1, (chunks * args.kv_heads + args.blocks - 1) / args.blocks);
+}
+
+__device__ __forceinline__ int32_t sum_up_to_lane(int32_t sum) {
+  const int32_t lane = threadIdx.x % 32;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, step);
+    if (lane >= step) sum += before;
+  }
+  return sum;
+}
+
+// The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums; of few
+// sequences, after begins, what they are. Where units are whole sequences nothing need be counted: run is 0, and a unit of a sequence that
+// asks for nothing has no tiles.
 template <int kThreads>
 struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
+  static_assert(4 * kFewSequences <= kInts);
   const int32_t* begins;
   int32_t run, span, units;
   bool folds;  // whether a sequence has more chunks than a span
 
-  // By all threads of a block.
+  // By all threads of a block, which meet.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
+    const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     if (args.whole) {
       run = 0, span = args.most_chunks, units = args.sequences * args.kv_heads, folds = false;
+      __syncthreads();
+      return;
+    }
+    run = (args.sequences + kThreads - 1) / kThreads;
+    if (args.sequences <= kFewSequences) {  // read once: a step of decoding waits for it
+      const Sequence own = sequence_of_lane(args);
+      span = span_of(args, __reduce_add_sync(0xFFFFFFFFu, own.chunks));
+      const int32_t count = own.units(args, span), sum = sum_up_to_lane(count);
+      folds = __any_sync(0xFFFFFFFFu, own.chunks > span);
+      units = __shfl_sync(0xFFFFFFFFu, sum, 31) * args.kv_heads;
+      if (warp == 0) {
+        const int32_t kept[] = {sum - count, own.row, own.queries, own.keys};
+#pragma unroll
+        for (int i = 0; i < 4; ++i) shared[i * kFewSequences + lane] = kept[i];
+      }
+      __syncthreads();
       return;
     }
     int32_t *chunk_sums = shared + kThreads + 1, *unit_sums = chunk_sums + kWarps;
-    const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    run = (args.sequences + kThreads - 1) / kThreads;
     const int32_t first = min(thread * run, args.sequences), end = min(first + run, args.sequences);
     int32_t chunks = 0;
     for (int32_t s = first; s < end; ++s) chunks += Sequence(args, s).chunks;
@@ -82,8 +123,7 @@ struct Plan {
     __syncthreads();
     chunks = 0;
     for (int w = 0; w < kWarps; ++w) chunks += chunk_sums[w];
-    const int32_t blocks = gridDim.x;
-    span = args.slots.parts == 0 ? args.most_chunks : max(1, (chunks * args.kv_heads + blocks - 1) / blocks);
+    span = span_of(args, chunks);
 
     int32_t own = 0, longest = 0;
     for (int32_t s = first; s < end; ++s) {
@@ -91,12 +131,7 @@ struct Plan {
       own += sequence.units(args, span);
       longest = max(longest, sequence.chunks);
     }
-    int32_t sum = own;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int32_t before = __shfl_up_sync(0xFFFFFFFFu, sum, step);
-      if (lane >= step) sum += before;
-    }
+    int32_t sum = sum_up_to_lane(own);
     if (lane == 31) unit_sums[warp] = sum;
     folds = __syncthreads_or(longest > span);
     for (int w = 0; w < warp; ++w) sum += unit_sums[w];
@@ -126,9 +161,15 @@ struct Unit {
     chunks = Sequence::chunks_of(args, seen);
     chunk = at / blocks * plan.span, end = min(chunk + plan.span, chunks);
   }
-  // The sequence of unit `at` of a head, which becomes its number among the sequence's.
+  // The sequence of unit `at` of a head, which becomes its number among the sequence's. By whole warps.
   template <int kThreads>
   __device__ __forceinline__ Sequence find(const PagedArgs& args, const Plan<kThreads>& plan, int32_t& at) {
+    if (args.sequences <= kFewSequences) {
+      const int32_t* own = plan.begins + 31 - __clz(__ballot_sync(0xFFFFFFFFu, plan.begins[threadIdx.x % 32] <= at));
+      sequence = static_cast<int32_t>(own - plan.begins);
+      at -= own[0];
+      return {args, own[kFewSequences], own[2 * kFewSequences], own[3 * kFewSequences]};
+    }
     int32_t low = 0, high = kThreads;  // begins[low] <= at < begins[high]
     while (high - low > 1) {
       const int32_t middle = (low + high) / 2;

@@ -210,7 +210,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Work& work, uin
     barrier_wait(shared + C::kFull + 8 * at.stage, at.parity);
     if constexpr (Cache::kCodes) {
       warpgroup_meet(1);  // all have done with the wide tile
-      widen<kDim, kKeys>(shared + C::kWide, tile, kept);
+      widen<kDim, 4, kKeys>(shared + C::kWide, tile, kept);
       release();
       tile = shared + C::kWide;
       if (own) warpgroup_meet(1);
