@@ -130,9 +130,10 @@ void launch(const Fp8GemmArgs& args, const Tensor& a) {
 }
 
 Tensor fp8_gemm(const Tensor& a, const Tensor& a_scales, const Tensor& b, const Tensor& b_scales, int64_t b_group_rows,
-                const std::optional<Tensor>& bias, ScalarType out_dtype) {
+                const std::optional<Tensor>& bias, ScalarType out_dtype, bool settled) {
   const char* op = "fp8_gemm";
   Fp8GemmArgs args = fp8_gemm_operands(a, a_scales, b, b_scales, b_group_rows, op);
+  args.settled = settled;
   EF_CHECK(out_dtype == ScalarType::BFloat16 || out_dtype == ScalarType::Float, op, ": out_dtype must be bfloat16 or float32, got ",
            name_of(out_dtype));
   if (bias) {

@@ -111,7 +111,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   // gemm: a @ b^T
   m.def(
       "fp8_gemm(Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128, Tensor? bias=None, ScalarType "
-      "out_dtype=bfloat16) -> Tensor");
+      "out_dtype=bfloat16, bool settled=False) -> Tensor");
   m.def("fp8_gemm_accumulate_(Tensor(a!) out, Tensor a, Tensor a_scales, Tensor b, Tensor b_scales, int b_group_rows=128) -> ()");
   m.def("gemm(Tensor a, Tensor b, ScalarType out_dtype=float32) -> Tensor");
 

@@ -96,4 +96,16 @@ struct RingPosition {
   }
 };
 
+// The same of a ring whose number of buffers the launch decides.
+struct Ring {
+  uint32_t stage = 0, parity = 0;
+
+  __device__ __forceinline__ void advance(uint32_t stages) {
+    if (++stage == stages) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
 }  // namespace eightfold

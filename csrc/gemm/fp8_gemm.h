@@ -31,6 +31,7 @@ struct Fp8GemmArgs {
   int64_t m, n, k;
   int64_t lda, ldb, ld_a_scales, ld_b_scales, ldo;  // in elements
   int b_group_rows;                                 // 128 (then n % 16 == 0) or 1
+  bool settled;                                     // b and its scales were written before the kernels that may still run
   bool accumulate;                                  // out += the product, rounded once; no bias; bf16 out: b_group_rows is 1
 };
 

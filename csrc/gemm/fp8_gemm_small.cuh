@@ -40,7 +40,7 @@ struct Config {
   static constexpr int kTileN = kWidth, kTeams = kTeamCount, kUnit = kPartUnit, kRows = kTeams * kTeamRows;
   static constexpr int kBBytes = kTileN * kStepK;
   static constexpr int kScaleBytes = kTeams * kTeamRows * 4;
-  static constexpr int kThreads = kTeams * kTeamThreads + 32;
+  static constexpr int kThreads = kTeams * kTeamThreads + 64;
   static constexpr int kSets = kTileN <= 48 ? 4 : kTileN <= 64 ? 3 : 2;  // of partial sums; more would not fit the registers
   static constexpr int kLeastSteps = kSets - 1;
   static_assert(kBBytes % kAtomBytes == 0, "swizzled tiles are whole atoms");
@@ -58,6 +58,7 @@ struct KernelArgs {
   uint32_t halves;       // 2: neighbours have the same rows of b, and of a the first and the last rows
   uint32_t rows;         // of a in a stage
   uint32_t stages;
+  uint32_t settled;         // b may be read while the kernels ahead run
   uint32_t ahead_bytes;     // of each row of the first tile of b, asked for before the kernels ahead have ended
   uint32_t scale_bytes[2];  // of a's scales for 128 of K, in each half
   int32_t scale_rows;       // of b_scales
@@ -80,17 +81,6 @@ __device__ __forceinline__ Part part_of(const KernelArgs& args) {
   return {static_cast<int32_t>(C::kUnit * begin), C::kUnit == 8 ? end : min(end, args.n)};
 }
 
-struct Ring {
-  uint32_t stage = 0, parity = 0;
-
-  __device__ __forceinline__ void advance(uint32_t stages) {
-    if (++stage == stages) {
-      stage = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 struct Barriers {
   uint64_t full[kFp8GemmSmallStages], empty[kFp8GemmSmallStages];
 };
@@ -99,26 +89,67 @@ struct Maps {
   CUtensorMap a, b, narrow_b;
 };
 
+// A tile of b on its way to a stage.
+template <class C>
+struct CodesOfB {
+  const CUtensorMap* map;
+  uint32_t bytes;
+  int32_t row;
+  uint64_t policy = l2_evict_first();  // two blocks with halves of a read b at about the same time
+
+  __device__ __forceinline__ CodesOfB(const Maps& maps, const KernelArgs& args, const Part& part, int32_t row) : row(row) {
+    const bool narrow = part.end - row <= static_cast<int32_t>(args.narrow_rows);
+    map = narrow ? &maps.narrow_b : &maps.b;
+    bytes = narrow ? args.narrow_rows * kStepK : C::kBBytes;
+  }
+  __device__ __forceinline__ void load(const KernelArgs& args, uint32_t shared, uint32_t stage, uint32_t barrier, int32_t k) const {
+    tma_load_2d_policy(shared + args.b_at() + stage * C::kBBytes, map, barrier, k, row, policy);
+  }
+};
+
+// Where b is settled: its codes for every stage of the ring, while the kernels ahead run; no faster than device memory gives them, as what
+// those kernels ask for waits in the same queues.
+template <class C>
+__device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full) {
+  const Part part = part_of<C>(args);
+  const int64_t begin = clock64();
+  uint32_t stage = 0;
+  for (int32_t row = part.begin; row < part.end; row += C::kTileN) {
+    const CodesOfB<C> b(maps, args, part, row);
+    for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, ++stage) {
+      if (stage == args.stages) return;
+      while (clock64() - begin < stage * (C::kBBytes / kFp8GemmSmallAheadRate)) {
+      }
+      barrier_arrive_expect(full + 8 * stage, b.bytes);
+      b.load(args, shared, stage, full + 8 * stage, k);
+    }
+  }
+}
+
 template <class C>
 __device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full, uint32_t empty) {
-  const uint64_t policy = l2_evict_first();  // two blocks with halves of a read b at about the same time
   const uint32_t half = args.half(), a_bytes = args.a_bytes(), scale_bytes = args.scale_bytes[half];
-  const uint32_t b_at = shared + args.b_at(), scales_at = b_at + args.stages * C::kBBytes;
+  const uint32_t scales_at = shared + args.b_at() + args.stages * C::kBBytes;
   const int32_t a_row = static_cast<int32_t>(C::kRows * half);
   const float* a_scales = args.a_scales + a_row;
   const Part part = part_of<C>(args);
 
   Ring at;
+  uint32_t filled = args.settled ? args.stages : 0;  // stages that fill_ring() sees to
   for (int32_t row = part.begin; row < part.end; row += C::kTileN) {
-    const bool narrow = part.end - row <= static_cast<int32_t>(args.narrow_rows);
-    const CUtensorMap* b = narrow ? &maps.narrow_b : &maps.b;
-    const uint32_t bytes = a_bytes + (narrow ? args.narrow_rows * kStepK : C::kBBytes) + scale_bytes;
+    const CodesOfB<C> b(maps, args, part, row);
     const float* scales = a_scales;
     for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, scales += args.ld_a_scales, at.advance(args.stages)) {
       const uint32_t barrier = full + 8 * at.stage;
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-      barrier_arrive_expect(barrier, bytes);
-      tma_load_2d_policy(b_at + at.stage * C::kBBytes, b, barrier, k, row, policy);
+      if (filled > 0) {
+        --filled;
+        barrier_arrive_expect(barrier, a_bytes + scale_bytes);
+      } else {
+        if (args.settled) barrier_arrive(barrier);
+        barrier_arrive_expect(barrier, b.bytes + a_bytes + scale_bytes);
+        b.load(args, shared, at.stage, barrier, k);
+      }
       tma_load_2d(shared + at.stage * a_bytes, &maps.a, barrier, k, a_row);
       bulk_load(scales_at + at.stage * C::kScaleBytes, scales, scale_bytes, barrier);
     }
@@ -289,7 +320,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
   uint8_t* memory = unaligned + (-shared_address(unaligned) & (kAtomBytes - 1));
   const uint32_t shared = shared_address(memory), full = shared_address(barriers.full), empty = shared_address(barriers.empty);
   const uint32_t warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
-  const bool producer = warp == 4 * C::kTeams;
+  const bool producer = warp == 4 * C::kTeams, filler = warp == 4 * C::kTeams + 1;
 
   if (producer && args.steps > 0 && elect_lane()) {  // without steps the maps are not filled in
     tma_prefetch_map(&maps.b);
@@ -301,16 +332,18 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
     epilogue.prefetch(part_of<C>(args).begin, C::kTileN, lane);
   }
   if (warp < 2 && elect_lane()) {
-    const uint32_t arrivals = warp == 0 ? 1 : 4 * C::kTeams;  // the producer's; one lane's of each math warp
+    const uint32_t arrivals = warp == 0 ? 1 + args.settled : 4 * C::kTeams;  // the producer's, the filler's; one lane's of each math warp
     for (uint32_t stage = 0; stage < args.stages; ++stage) barrier_init((warp == 0 ? full : empty) + 8 * stage, arrivals);
     barrier_init_fence();
   }
   __syncthreads();
 
   const auto wanted = [&] { return epilogue.wanted(static_cast<int32_t>(C::kRows * args.half()), C::kRows, lane); };
-  if (producer) {
+  if (filler) {
+    if (args.settled && elect_lane()) fill_ring<C>(maps, args, shared, full);
+  } else if (producer) {
     if (args.steps == 0) return;
-    if (args.ahead_bytes > 0 && elect_lane()) prefetch_first_codes<C>(args);
+    if (!args.settled && args.ahead_bytes > 0 && elect_lane()) prefetch_first_codes<C>(args);
     wait_for_earlier_kernels();
     if (wanted() && elect_lane()) produce<C>(maps, args, shared, full, empty);
   } else {
@@ -342,6 +375,7 @@ void launch_fp8_gemm_small(const Fp8GemmArgs& args, const Epilogue& epilogue, co
   kernel_args.halves = static_cast<uint32_t>(plan.halves);
   kernel_args.rows = static_cast<uint32_t>(plan.rows);
   kernel_args.stages = static_cast<uint32_t>(plan.stages);
+  kernel_args.settled = args.settled && kernel_args.steps >= C::kLeastSteps ? 1 : 0;
   kernel_args.ahead_bytes =
       static_cast<uint32_t>(std::min<int64_t>(kFp8GemmSmallAhead / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
   const int64_t block_rows = plan.halves == 2 ? C::kRows : std::max<int64_t>(args.m, 1);

@@ -15,6 +15,8 @@ constexpr int kFp8GemmSmallStages = 24;                              // at most
 constexpr int kFp8GemmSmallShared = 231424;                          // bytes, all of a multiprocessor's
 // Bytes of b's codes that a block asks the L2 cache for while it waits for the kernels ahead.
 constexpr int kFp8GemmSmallAhead = 32768;
+// Where b is settled, bytes of its codes a clock that a block asks for meanwhile: somewhat more than its share of device memory.
+constexpr int kFp8GemmSmallAheadRate = 16;
 
 struct Fp8GemmSmallPlan {
   int width;      // one of kFp8GemmSmallWidths

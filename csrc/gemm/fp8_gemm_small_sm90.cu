@@ -15,7 +15,8 @@
 //             same bits.
 //   overlap   the next kernel's blocks start where they find room once this one's last loads are asked for: they set up their
 //             barriers, ask the L2 cache for the first codes of b, and wait for this kernel's end. Only hints may come before that
-//             wait: the kernel ahead may have written any operand, b too.
+//             wait: the kernel ahead may have written any operand, b too. Where b is settled (ops.fp8_gemm) a second thread fills the
+//             ring with its codes meanwhile.
 //
 // The tail of K arrives as zero codes with valid scales: it adds 0 * scale, which is NaN exactly when the block's scale is.
 #include "gemm/fp8_gemm_epilogue.cuh"

@@ -1,7 +1,7 @@
 """Layers that compute and save in FP8, and `convert`, which puts them into a model."""
 
 from eightfold.nn import functional
-from eightfold.nn._products import ServedCodes, WeightCache
+from eightfold.nn._weight_cache import ServedCodes, WeightCache
 from eightfold.nn.convert import DEFAULT_EXCLUDE, ConversionReport, convert
 from eightfold.nn.linear import FP8Linear, add_to_grads, cache_weights
 from eightfold.nn.mlp import FP8SwiGLU

@@ -21,101 +21,15 @@ import torch
 from torch import Tensor
 
 from eightfold.nn._accumulation import joined
+from eightfold.nn._weight_cache import Codes, WeightCache, cast_weights
 from eightfold.ops import _library  # noqa: F401  (loads torch.ops.eightfold; the package registers the fakes)
 from eightfold.ops.gemm import product as multiply
 from eightfold.ops.layouts import ceil_div
 
 ops = torch.ops.eightfold
 
-ROWS, COLUMNS, BLOCKS = [1, 128], [128, 1], [128, 128]
+ROWS, COLUMNS = [1, 128], [128, 1]
 MOST_STACKED = 8  # what quantize_stacked and quantize_beside take
-Codes = tuple[Tensor, Tensor]  # codes and scales
-
-
-class WeightCache:
-    """Keeps the (128, 128) codes of a parameter, or of several as one, while each is the same object, storage and
-    version: 1 byte an element. Codes of another version take the place of those before, at their address: a CUDA graph
-    that reads them goes on with the new ones.
-
-    Writes that torch does not count (through `.data` or another library's kernels) need `clear()` or `refresh()`. Not
-    used while compiling, nor for parameters made in inference mode, which have no version.
-    """
-
-    def __init__(self) -> None:
-        self.clear()
-
-    def clear(self) -> None:
-        self._weights, self._key, self._codes = (), None, None
-
-    def codes(self, *weights: Tensor) -> Codes:
-        if any(weight.is_inference() for weight in weights):
-            return _cast(weights)
-        key = [(weight._version, weight.data_ptr(), weight.shape) for weight in weights]
-        same = len(self._weights) == len(weights) and all(map(_is_of, weights, self._weights))
-        if not same or self._key != key:
-            with torch.inference_mode(False), torch.no_grad():  # made while generating, written again while training
-                codes = _cast(weights)
-                self._codes = write_over(self._codes, codes) if same else codes
-            self._key = key
-            if not same:
-                self._weights = tuple(weakref.ref(weight) for weight in weights)
-        return self._codes
-
-    def refresh(self) -> None:
-        """Casts what is kept again, whatever its version."""
-        weights = tuple(reference() for reference in self._weights)
-        if weights and all(weight is not None for weight in weights):
-            self._key = None
-            self.codes(*weights)
-
-    def __reduce__(self):  # copies and pickles of a layer start empty
-        return WeightCache, ()
-
-
-def _is_of(weight: Tensor, reference: weakref.ref) -> bool:
-    """Whether it is the referent or shares its memory and version, as what a checkpointed layer has saved does."""
-    known = reference()
-    if known is None or known is weight:
-        return known is weight
-    return known.data_ptr() == weight.data_ptr() and known.shape == weight.shape and known._version == weight._version
-
-
-def write_over(kept: Codes | None, codes: Codes) -> Codes:
-    """``codes`` at the addresses of ``kept``, where they fit."""
-    if kept is None or any(old.shape != new.shape or old.device != new.device for old, new in zip(kept, codes)):
-        return codes
-    kept[0].view(torch.uint8).copy_(codes[0].view(torch.uint8))
-    kept[1].copy_(codes[1])
-    return kept
-
-
-class ServedCodes(WeightCache):
-    """Codes of many weights, made elsewhere: one cache for all layers of a model, whose weights are never read."""
-
-    def clear(self) -> None:
-        self._each: dict[Tensor, Codes] = {}
-        self._stacks: dict[tuple[Tensor, ...], Codes] = {}
-
-    def put(self, weight: Tensor, codes: Tensor, scales: Tensor) -> None:
-        """(128, 128) codes and scales of ``weight``; in the place of those before."""
-        self._each[weight] = write_over(self._each.get(weight), (codes, scales))
-
-    def refresh(self) -> None:
-        """Nothing: whoever made the codes puts new ones."""
-
-    def codes(self, *weights: Tensor) -> Codes:
-        if len(weights) == 1:
-            return self._each[weights[0]]
-        if weights not in self._stacks:
-            codes, scales = zip(*(self._each[weight] for weight in weights), strict=True)
-            with torch.inference_mode(False), torch.no_grad():
-                stack = torch.cat([each.view(torch.uint8) for each in codes]).view(codes[0].dtype)
-                stack_scales = torch.cat(scales)
-            # What they were stacked from becomes views: a byte an element is kept, not two.
-            parts = stack.split([len(each) for each in codes]), stack_scales.split([len(each) for each in scales])
-            self._each.update(zip(weights, zip(*parts, strict=True), strict=True))
-            self._stacks[weights] = stack, stack_scales
-        return self._stacks[weights]
 
 
 def can_stack(weights: Sequence[Tensor]) -> bool:
@@ -127,30 +41,22 @@ def can_stack(weights: Sequence[Tensor]) -> bool:
     )
 
 
-def _cast(weights: Sequence[Tensor], transposed: bool = False) -> Codes:
-    if len(weights) == 1 and not transposed:
-        codes, scales = ops.quantize(weights[0].contiguous(), BLOCKS)
-    else:
-        codes, scales = ops.quantize_stacked([weight.contiguous() for weight in weights], transposed)
-    return codes, scales
-
-
 def _cache(caches: Sequence[WeightCache | None]) -> WeightCache | None:
     """The cache of weights that share products: the first one's, if all have one."""
     return None if torch.compiler.is_compiling() or any(cache is None for cache in caches) else caches[0]
 
 
-def quantize_weights(weights: Sequence[Tensor], caches: Sequence[WeightCache | None]) -> Codes:
-    """Codes of ``weights``, one below the other: [sum of out, in]."""
+def quantize_weights(weights: Sequence[Tensor], caches: Sequence[WeightCache | None]) -> tuple[Tensor, Tensor, bool]:
+    """Codes and scales of ``weights``, one below the other: [sum of out, in]; and whether they are settled."""
     cache = _cache(caches)
-    return _cast(weights) if cache is None else cache.codes(*weights)
+    return (*cast_weights(weights), False) if cache is None else (*cache.codes(*weights), cache.settled)
 
 
 def _transposed_weights(weights: Sequence[Tensor], caches: Sequence[WeightCache | None]) -> Codes:
     """The same codes, [in, sum of out]."""
     cache = _cache(caches)
     if cache is None:
-        return _cast(weights, transposed=True)
+        return cast_weights(weights, transposed=True)
     codes, scales = cache.codes(*weights)
     return ops.transpose_codes(codes), scales.t().contiguous()
 
@@ -193,7 +99,8 @@ def flat(x: Tensor) -> Tensor:
 
 def product(rows: Codes, weight: Tensor, bias: Tensor | None, dtype: torch.dtype, cache: WeightCache | None) -> Tensor:
     """X W^T + bias, [tokens, out_features]."""
-    return multiply(*rows, *quantize_weights([weight], [cache]), 128, bias, dtype)
+    codes, scales, settled = quantize_weights([weight], [cache])
+    return multiply(*rows, codes, scales, 128, bias, dtype, settled)
 
 
 def products(
@@ -211,14 +118,15 @@ def products(
     """
     if not can_stack(weights):
         return [product(rows, w, b, dtype, c) for w, b, c in zip(weights, biases, caches, strict=True)]
-    codes, scales = quantize_weights(weights, caches)
+    codes, scales, settled = quantize_weights(weights, caches)
     sizes = [weight.shape[0] for weight in weights]
     if as_one and all(bias is None for bias in biases):
-        return list(multiply(*rows, codes, scales, 128, None, dtype).split(sizes, 1))
+        return list(multiply(*rows, codes, scales, 128, None, dtype, settled).split(sizes, 1))
     if as_one and all(bias is not None and bias.dtype == biases[0].dtype for bias in biases):
-        return list(multiply(*rows, codes, scales, 128, torch.cat(list(biases)), dtype).split(sizes, 1))
+        bias = torch.cat(list(biases))
+        return list(multiply(*rows, codes, scales, 128, bias, dtype, settled).split(sizes, 1))
     parts = zip(codes.split(sizes), scales.split([ceil_div(size, 128) for size in sizes]), biases, strict=True)
-    return [multiply(*rows, part, part_scales, 128, bias, dtype) for part, part_scales, bias in parts]
+    return [multiply(*rows, part, part_scales, 128, bias, dtype, settled) for part, part_scales, bias in parts]
 
 
 def rotated_heads(out: Sequence[Tensor], tables: tuple[Tensor, Tensor], head_dim: int) -> list[Tensor]:

@@ -27,7 +27,8 @@ from torch import Tensor
 
 from eightfold.nn import _autograd as a
 from eightfold.nn import _products as p
-from eightfold.nn._products import WeightCache, ops
+from eightfold.nn._products import ops
+from eightfold.nn._weight_cache import WeightCache
 from eightfold.ops import QuantizedTensor
 
 # Asked once: a constant for torch.compile.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from eightfold.nn import functional
-from eightfold.nn._products import WeightCache
+from eightfold.nn._weight_cache import WeightCache
 
 
 class FP8Linear(nn.Linear):

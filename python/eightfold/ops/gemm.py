@@ -15,8 +15,10 @@ _ops = torch.ops.eightfold
 _fp8_gemm = _library.direct("fp8_gemm")
 
 
-def product(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16) -> Tensor:
+def product(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16, settled=False) -> Tensor:
     """torch.ops.eightfold.fp8_gemm without arguments at their defaults: each that is no tensor costs 0.5 us a call."""
+    if settled:
+        return _fp8_gemm(a, a_scales, b, b_scales, b_group_rows, bias, out_dtype, True)
     if b_group_rows == 128 and out_dtype is torch.bfloat16:
         if bias is None:
             return _fp8_gemm(a, a_scales, b, b_scales)
@@ -34,7 +36,11 @@ def _check_groups(op: str, a: QuantizedTensor, b: QuantizedTensor) -> None:
 
 
 def fp8_gemm(
-    a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None = None, out_dtype: torch.dtype = torch.bfloat16
+    a: QuantizedTensor,
+    b: QuantizedTensor,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    settled: bool = False,
 ) -> Tensor:
     """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]) -> [M, N] in ``out_dtype``, rounded once.
 
@@ -44,13 +50,16 @@ def fp8_gemm(
             start at multiples of 16 bytes, so K is a multiple of 16 unless they are transposed column codes.
         bias: bfloat16 or float32 [N], added in float32.
         out_dtype: torch.bfloat16 or torch.float32.
+        settled: a promise: ``b`` was written before the last CUDA kernel of torch's own on the stream, or before the
+            CUDA graph that this is a part of. A product of few rows then reads ``b`` while the kernels ahead still
+            run. Decides no number.
 
     The gradient's products: dX = ``fp8_gemm(dy_rows, transpose(w))``; dW = ``fp8_gemm(dy_cols.t(), x_cols.t())``.
     Relative (Frobenius) error against the exact product of the operands, float32 out: below 1e-5 on CPUs.
     Raises ValueError for another group, RuntimeError for sizes, dtypes, layouts or devices that do not fit.
     """
     _check_groups("fp8_gemm", a, b)
-    return product(a.codes, a.scales, b.codes, b.scales, b.group[0], bias, out_dtype)
+    return product(a.codes, a.scales, b.codes, b.scales, b.group[0], bias, out_dtype, settled)
 
 
 def fp8_gemm_accumulate_(out: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
@@ -103,7 +112,7 @@ def gemm(a: Tensor, b: Tensor, out_dtype: torch.dtype = torch.float32) -> Tensor
 
 
 @torch.library.register_fake("eightfold::fp8_gemm")
-def _(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16):
+def _(a, a_scales, b, b_scales, b_group_rows=128, bias=None, out_dtype=torch.bfloat16, settled=False):
     return a.new_empty((a.shape[0], b.shape[0]), dtype=out_dtype)
 
 

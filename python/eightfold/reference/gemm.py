@@ -25,9 +25,10 @@ def fp8_gemm(
     b_group_rows: int = 128,
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
+    settled: bool = False,
     compute_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]), rounded once to ``out_dtype``.
+    """``a`` [M, K] @ ``b`` [N, K]^T (+ ``bias`` [N]), rounded once to ``out_dtype``. settled decides no number.
 
     ``a_scales`` is [M, ceil(K/128)]; ``b_scales`` is [ceil(N/b_group_rows), ceil(K/128)]. The operator computes in
     float32; ``compute_dtype=torch.float64`` gives the value that errors are measured against.
