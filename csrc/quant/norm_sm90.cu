@@ -19,8 +19,8 @@ namespace {
 constexpr int kMaxQuads = kMaxNormCols / kQuadCols;
 constexpr int kRowsTogether = 4;  // rows of one warp share a block
 
-// Of eight weights: known when compiled, or asked.
-enum class Weights { bf16, f32, either };
+// Of eight weights: known when compiled, or asked. early: bf16, on their way with the row, whose sum few rows would else wait for first.
+enum class Weights { bf16, f32, either, early };
 
 constexpr int most_threads(int quads) { return 32 * std::max(kMaxQuads / quads, kRowsTogether); }
 template <class T>
@@ -43,7 +43,7 @@ __device__ __forceinline__ void ask_ahead(const RmsNorm& op, int64_t first, int6
 
 // kCodesOnly: of what a row may give, y's codes alone are wanted. Warp w of `warps` has quads w, w + warps, ... of its row.
 template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
-__global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, kResidual, kCodesOnly))
+__global__ void __launch_bounds__(most_threads(kQuads), kWeights == Weights::early ? 1 : least_blocks<T>(kQuads, kResidual, kCodesOnly))
     norm_rows_kernel(const RmsNorm op, int warps) {
   __shared__ float quad_sums[kMaxQuads];
   const int together = warps == 1 ? kRowsTogether : 1;
@@ -56,6 +56,14 @@ __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, 
   const T* x = static_cast<const T*>(op.x) + row * op.cols;
   auto col_of = [&](int quad) { return (quad * warps + member) * kQuadCols + lane * 8; };
 
+  Octet<__nv_bfloat16> early[4];
+  if constexpr (kWeights == Weights::early) {
+    static_assert(kQuads == 1);
+    const __nv_bfloat16* at = static_cast<const __nv_bfloat16*>(op.weight) + col_of(0);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) early[k] = load_octet<kVector, true>(at + k * kSliceCols, min(cols - col_of(0) - k * kSliceCols, 8));
+    __syncwarp();  // no load is moved behind this
+  }
   // s = x (+ residual), and rstd
   Octet<T> s[kQuads][4];
 #pragma unroll
@@ -119,7 +127,12 @@ __global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, 
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float weight[8];
-      load_weights<kVector>(weights, bf16_weight, k * kSliceCols, min(left - k * kSliceCols, 8), weight);
+      if constexpr (kWeights == Weights::early) {
+#pragma unroll
+        for (int j = 0; j < 8; ++j) weight[j] = early[k].value(j);
+      } else {
+        load_weights<kVector>(weights, bf16_weight, k * kSliceCols, min(left - k * kSliceCols, 8), weight);
+      }
       y[k] = normalise_octet(unpacked_anew(s[quad][k]), rstd, weight);
     }
     if (!kCodesOnly && op.x_rows.codes) cast_row_octets(s[quad], op.x_rows, row, col, cols, kVector);
@@ -144,7 +157,7 @@ void launch_rows(const RmsNorm& op, cudaStream_t stream) {
 
 template <class T, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
 void launch_quads(const RmsNorm& op, cudaStream_t stream) {
-  constexpr int kMost = sizeof(T) == 4 || !kVector || kResidual ? 1 : 2;
+  constexpr int kMost = sizeof(T) == 4 || !kVector || kResidual || kWeights == Weights::early ? 1 : 2;
   const bool many = op.rows >= 16 * multiprocessors(current_device());
   if (kMost == 2 && many && op.cols > kQuadCols)
     launch_rows<T, kMost, kVector, kResidual, kCodesOnly, kWeights>(op, stream);
@@ -166,7 +179,9 @@ void rms_norm_typed(const RmsNorm& op, cudaStream_t stream) {
   if (!vector) return launch_residual<T, false, false, Weights::either>(op, stream);
   const bool codes_only = op.y_rows.codes && !op.y && !op.x_rows.codes && !op.rstd;
   if (!codes_only) return launch_residual<T, true, false, Weights::either>(op, stream);
-  if (op.weight_dtype == DType::bf16)
+  if (op.weight_dtype == DType::bf16 && op.rows <= kFewRows)
+    launch_residual<T, true, true, Weights::early>(op, stream);
+  else if (op.weight_dtype == DType::bf16)
     launch_residual<T, true, true, Weights::bf16>(op, stream);
   else
     launch_residual<T, true, true, Weights::f32>(op, stream);
