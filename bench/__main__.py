@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(arguments: list[str] | None = None) -> None:
         help="of decode and rl_training on a GPU: also the N longest kernels",
     )
     options = parser.parse_args(arguments)
+    # Read at the first allocation: micro-batches that fill the memory shall not fail for holes in it.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     whole = [name for name in (*FAMILIES, *LONG) if name != "step"]
     steps = set(options.families) - set(whole)
     runs = {name: _runner(name) for name in whole}
