@@ -16,11 +16,14 @@ class Model(nn.Module):
         self.a, self.b = FP8Linear(64, 64, device=device), FP8Linear(64, 32, False, device=device)
         self.mlp = FP8SwiGLU(64, 96, device=device)
         self.o = FP8Linear(64, 64, device=device, save="input")
+        self.table = nn.Parameter(torch.randn(3, 64, device=device))
 
     def forward(self, x):
         total, (a, b) = functional.fp8_norm_linears(
             self.norm(x), self.norm2.weight, 1e-6, [self.a.weight, self.b.weight], [self.a.bias, None], residual=x
         )
+        gate, *vectors = self.table.expand(len(x), 3, 64).unbind(1)
+        _, a = functional.fp8_modulate_linear(a, *vectors, 1e-6, self.a.weight, self.a.bias, x, gate)
         a = self.o(self.mlp(a))
         total, a = functional.fp8_norm_swiglu_mlp(a, self.norm2.weight, 1e-6, *self.mlp.parameters(), residual=total)
         return total, a, b

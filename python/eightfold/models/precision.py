@@ -264,17 +264,24 @@ class FP8(BF16):
         codes = self.codes if self._kept is None else self._kept.codes
         return None if codes is None else codes[layer]
 
+    def options(self, layer):
+        """What the functions of one layer in `nn.functional` are given beside tensors."""
+        return {"cache": self._cache(layer), "add_to_grad": self.add_to_grad}
+
     def linear(self, x, layer):
-        return fused.fp8_linear(x, layer.weight, layer.bias, cache=self._cache(layer), add_to_grad=self.add_to_grad)
+        return fused.fp8_linear(x, layer.weight, layer.bias, **self.options(layer))
+
+    def linear_of_codes(self, rows: QuantizedTensor, layer: nn.Linear) -> torch.Tensor:
+        """`linear` of an input that is row codes already: [tokens, out], no gradient."""
+        return fused.fp8_linear_of_codes(rows, layer.weight, layer.bias, self.dtype, cache=self._cache(layer))
 
     def takes_codes(self, head_dim):
         return head_dim == 128 and not torch.is_grad_enabled()
 
     def attention_output(self, x, layer):
         if isinstance(x, QuantizedTensor):
-            return fused.fp8_linear_of_codes(x, layer.weight, layer.bias, self.dtype, cache=self._cache(layer))[None]
-        options = {"cache": self._cache(layer), "add_to_grad": self.add_to_grad}
-        return fused.fp8_linear(x, layer.weight, layer.bias, save="input", **options)
+            return self.linear_of_codes(x, layer)[None]
+        return fused.fp8_linear(x, layer.weight, layer.bias, save="input", **self.options(layer))
 
     def kernels_on(self, device):
         return True

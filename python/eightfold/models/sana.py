@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eightfold.models.decoder import RMSNorm
 from eightfold.models.precision import Precision
-from eightfold.models.sana_compute import Pending, SanaCompute, modulated_norm
+from eightfold.models.sana_compute import Pending, SanaCompute, modulated_norm, sana_compute
 from eightfold.models.sana_config import SanaConfig
 
 __all__ = ["Sana", "SanaConfig", "TextStates", "TimeStates"]
@@ -109,8 +109,9 @@ class SanaBlock(nn.Module):
         shift_attn, scale_attn, gate_attn, shift_ff, scale_ff, gate_ff = table.unbind(dim=1)
 
         stream, qkv = compute.add_norm_linear(stream, pending, shift_attn, scale_attn, self.eps, attn.qkv)
-        mixed = compute.linear_attention(qkv, attn.heads, (attn.norm_q, attn.norm_k), attn.eps)
-        pending = Pending(compute.tokens.linear(mixed, attn.to_out), gate_attn)
+        norms = attn.norm_q, attn.norm_k
+        branch = compute.linear_attention_linear(qkv, attn.heads, norms, attn.eps, attn.to_out)
+        pending = Pending(branch, gate_attn)
 
         stream, q = compute.add_linear(stream, pending, cross.to_q)  # no norm and no gate around this one
         mixed = compute.text_attention(q, *text, bias, cross.norm_q)
@@ -123,7 +124,7 @@ class SanaBlock(nn.Module):
 class Sana(nn.Module):
     """The velocity of a flow from noise to pictures, given the time and a text.
 
-    `precision`: "fp32", "bf16" or "fp8" (`models.sana_compute.SanaCompute`). Parameters keep the dtype they are given
+    `precision`: "fp32", "bf16" or "fp8" (`models.sana_compute`). Parameters keep the dtype they are given
     (fp32 when built here). `checkpoint_blocks=True` recomputes each block in the backward instead of saving its
     activations. Classifier-free guidance is a batch of two: the velocities of a picture with the empty and with the
     real text.
@@ -132,7 +133,7 @@ class Sana(nn.Module):
     def __init__(self, config: SanaConfig, precision: Precision = "bf16", checkpoint_blocks: bool = False):
         super().__init__()
         self.config, self.precision, self.checkpoint_blocks = config, precision, checkpoint_blocks
-        self.compute = SanaCompute(precision)
+        self.compute = sana_compute(precision)
         if precision == "fp8" and (config.width % 16 or config.ffn_width % 16):
             sizes = f"{config.width} and {config.ffn_width}"
             raise ValueError(f"precision: 'fp8' takes a width and an FFN width that are multiples of 16, got {sizes}")
@@ -232,10 +233,9 @@ class Sana(nn.Module):
                 stream, pending = checkpoint(block, stream, None, *inputs, use_reentrant=False)
             else:
                 stream, pending = block(stream, pending, *inputs)
-        stream = self.compute.add(stream, pending)
         shift, scale = (self.scale_shift_table.float() + time.embedding[:, None]).unbind(dim=1)
-        out = self.compute.plain.linear(modulated_norm(stream, shift, scale, _FINAL_EPS), self.proj_out)
-        return self._picture(out.float(), size)
+        _, normed = modulated_norm(stream, pending, shift, scale, _FINAL_EPS)
+        return self._picture(self.compute.plain.linear(normed, self.proj_out).float(), size)
 
     def _embedded(self, values: Tensor, layers: TwoLinears) -> Tensor:
         half = _FREQUENCIES // 2

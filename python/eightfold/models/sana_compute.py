@@ -1,8 +1,8 @@
-"""How a SANA transformer computes: its operations in plain torch, and the strategy that chains them with the products.
+"""How a SANA transformer computes: products, and the fused ops between them.
 
-Every operation between two products stands here once, under the shapes that a fused kernel takes, so that one can take
-its place. Tokens are [batch, tokens, width], pictures of features [batch, height, width, channels]; what is computed
-inside an operation is float32, and its result is rounded once to the dtype of what came in.
+Each op takes its torch composition's place where its kernel takes the dtype and the sizes. Tokens are [batch, tokens,
+width], pictures of features [batch, height, width, channels]; what is computed inside an operation is float32, and its
+result is rounded once to the dtype of what came in, or cast to FP8 from that.
 """
 
 from __future__ import annotations
@@ -14,51 +14,81 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from eightfold import ops
+from eightfold import ops, reference
 from eightfold.models.precision import KeptWeights, Precision, strategy
+from eightfold.nn import functional as fused
 
-_KERNEL_DIMS = (32, 64, 128)
-
-
-def linear_attention(q: Tensor, k: Tensor, v: Tensor, *, eps: float = 1e-15, key_mask: Tensor | None = None) -> Tensor:
-    """relu(q) S / (relu(q) z + eps) with S = sum of relu(k)^T v and z = sum of relu(k) over all tokens; not causal.
-
-    q, k, v [B, N, heads, dim] -> [B, N, heads, dim]; `key_mask` [B, N]: 0 leaves a token's key and value out. No scale
-    anywhere; a query without a positive element gives 0. (arXiv 2410.10629, equation 1.) By `ops.linear_attention`
-    where it takes such heads.
-    """
-    dtype = q.dtype
-    if q.shape[-1] in _KERNEL_DIMS and (dtype == torch.bfloat16 or q.device.type == "cpu"):
-        return ops.linear_attention(q, k, v, eps=eps, key_mask=key_mask)
-    q, k, v = q.float().relu(), k.float().relu(), v.float()
-    if key_mask is not None:
-        k = k * key_mask[:, :, None, None]
-    state, total = torch.einsum("bnhd,bnhe->bhde", k, v), k.sum(dim=1)
-    numerator = torch.einsum("bnhd,bhde->bnhe", q, state)
-    denominator = torch.einsum("bnhd,bhd->bnh", q, total) + eps
-    return (numerator / denominator[..., None]).to(dtype)
+_ATTENTION_DIMS = (32, 64, 128)
+_CUDA_CHANNELS = 8  # kernels take multiples of as many
+_CUDA_MOST_WIDTH = 8192  # of modulated norms
 
 
-def depthwise_glu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """a * silu(g), where [a, g] = depthwise 3x3 convolution of silu(x), zero padded: x [B, H, W, 2h] -> [B, H, W, h];
-    weight [2h, 1, 3, 3], bias [2h]."""
-    wide = F.silu(x.float()).permute(0, 3, 1, 2)  # a view: channels stay last in memory
-    value, gate = F.conv2d(wide, weight.float(), bias.float(), padding=1, groups=weight.shape[0]).chunk(2, dim=1)
-    return (value * F.silu(gate)).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+class _GatedResidual(torch.autograd.Function):
+    """x + gate * branch in one pass; saves branch and gate, where torch's composition saves a float32 copy."""
 
+    @staticmethod
+    def forward(ctx, x, branch, gate):
+        ctx.save_for_backward(branch, gate)
+        return torch.addcmul(x, gate[:, None], branch, out=torch.empty_like(x))
 
-def modulated_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm(x) * (1 + scale) + shift; x [B, N, width], shift and scale [B, width] in float32."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-    return (normed * (1 + scale[:, None]) + shift[:, None]).to(x.dtype)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        branch, gate = ctx.saved_tensors
+        dbranch = torch.mul(dy, gate[:, None], out=torch.empty_like(branch))
+        return dy, dbranch, (dy.float() * branch).sum(dim=1)
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor | None) -> Tensor:
     """x + gate * branch; x and branch [B, N, width], gate [B, width] in float32, or None for 1."""
-    if gate is None:
-        return x + branch
-    return torch.addcmul(x.float(), gate[:, None], branch.float()).to(x.dtype)
+    return x + branch if gate is None else _GatedResidual.apply(x, branch, gate)
+
+
+def modulated_norm(
+    stream: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(s, LayerNorm(s) * (1 + scale) + shift), s being the stream [B, N, width] with the pending branch; shift and
+    scale [B, width] in float32."""
+    if not norm_kernel_takes(stream):
+        if pending is None:
+            return stream, reference.layer_norm_modulate(stream, scale, shift, eps, False)[0]
+        return reference.gated_residual_layer_norm_modulate(stream, *pending, scale, shift, eps, False)[:2]
+    if pending is None:
+        return stream, ops.layer_norm_modulate(stream, scale, shift, eps)
+    return ops.gated_residual_layer_norm_modulate(stream, *pending, scale, shift, eps)
+
+
+def norm_kernel_takes(stream: Tensor) -> bool:
+    """Whether `ops.layer_norm_modulate` takes a stream [..., width]."""
+    width = stream.shape[-1]
+    return stream.device.type == "cpu" or (width % _CUDA_CHANNELS == 0 and width <= _CUDA_MOST_WIDTH)
+
+
+def attention_kernel_takes(heads: Tensor) -> bool:
+    """Whether `ops.linear_attention` takes heads [..., dim]."""
+    return heads.shape[-1] in _ATTENTION_DIMS and (heads.dtype == torch.bfloat16 or heads.device.type == "cpu")
+
+
+def depthwise_glu(x: Tensor, layer: nn.Conv2d) -> Tensor:
+    """`ops.depthwise_glu` of x [B, H, W, 2h] with the layer's weight and bias."""
+    if glu_kernel_takes(x):
+        return ops.depthwise_glu(x, *depthwise_parameters(layer))
+    wide = F.silu(x.float()).permute(0, 3, 1, 2)  # a view: channels stay last in memory
+    value, gate = F.conv2d(wide, layer.weight.float(), layer.bias.float(), padding=1, groups=x.shape[-1]).chunk(2, 1)
+    return (value * F.silu(gate)).permute(0, 2, 3, 1).to(x.dtype).contiguous()
+
+
+def glu_kernel_takes(x: Tensor) -> bool:
+    """Whether `ops.depthwise_glu` takes x [..., 2h]."""
+    return x.device.type == "cpu" or (x.dtype == torch.bfloat16 and x.shape[-1] % (2 * _CUDA_CHANNELS) == 0)
+
+
+def depthwise_parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
+    """Weight and bias in a dtype that `ops.depthwise_glu` reads."""
+    read = torch.float32, torch.bfloat16
+    return tuple(each if each.dtype in read else each.float() for each in (layer.weight, layer.bias))
 
 
 def text_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
@@ -75,12 +105,11 @@ class Pending(NamedTuple):
 
 
 class SanaCompute:
-    """Chains products and operations in "fp32" (the definition), "bf16", or "fp8".
+    """Chains products and operations in "fp32" (the definition) or "bf16".
 
-    In "fp8" the products of image tokens inside the blocks are FP8. Those of `plain` stay bf16: the time's embedding
-    (a row a picture, and every block is scaled by what comes out), the text's embedding, keys and values (once a
-    prompt, not once a step), and the first and last layers (32 channels on one side: little to win, and what the last
-    one rounds is the velocity itself).
+    `plain` takes the products that stay bf16 in "fp8": the time's embedding (a row a picture, and every block is scaled
+    by what comes out), the text's embedding, keys and values (once a prompt, not once a step), and the first and last
+    layers (32 channels on one side: little to win, and what the last one rounds is the velocity itself).
     """
 
     def __init__(self, precision: Precision):
@@ -107,14 +136,30 @@ class SanaCompute:
         self, stream: Tensor, pending: Pending | None, shift: Tensor, scale: Tensor, eps: float, layer: nn.Linear
     ) -> tuple[Tensor, Tensor]:
         """(stream with the pending branch, the layer's output on its modulated norm)."""
-        stream = self.add(stream, pending)
-        return stream, self.tokens.linear(modulated_norm(stream, shift, scale, eps), layer)
+        stream, normed = modulated_norm(stream, pending, shift, scale, eps)
+        return stream, self.tokens.linear(normed, layer)
 
-    def linear_attention(self, qkv: Tensor, heads: int, norms: Sequence[nn.Module | None], eps: float) -> Tensor:
-        """[B, N, width] of queries, keys and values beside each other [B, N, 3 * width]; `norms` of the first two."""
+    def linear_attention_linear(
+        self, qkv: Tensor, heads: int, norms: Sequence[nn.Module | None], eps: float, layer: nn.Linear
+    ) -> Tensor:
+        """The layer's output on the linear attention of queries, keys and values beside each other [B, N, 3 * width];
+        `norms` of the first two."""
+        if norms[0] is None and attention_kernel_takes(parts := qkv.unflatten(-1, (3, heads, -1))):
+            mixed = ops.linear_attention_packed(parts, eps=eps)
+        else:
+            parts = self._heads(qkv, heads, norms)
+            mixed = (
+                ops.linear_attention(*parts, eps=eps)
+                if attention_kernel_takes(parts[0])
+                else reference.linear_attention(*parts, eps=eps)[0]
+            )
+        return self.tokens.linear(mixed.flatten(2), layer)
+
+    def _heads(self, qkv: Tensor, heads: int, norms: Sequence[nn.Module | None]) -> list[Tensor]:
+        """Queries, keys and values [B, N, heads, dim]."""
         q, k, v = qkv.chunk(3, dim=-1)
         q, k = (x if norm is None else self.tokens.norm(x, norm) for x, norm in zip((q, k), norms, strict=True))
-        return linear_attention(*(x.unflatten(-1, (heads, -1)) for x in (q, k, v)), eps=eps).flatten(2)
+        return [x.unflatten(-1, (heads, -1)) for x in (q, k, v)]
 
     def text_attention(self, q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None, norm) -> Tensor:
         """[B, N, width] of queries [B, N, width]."""
@@ -123,5 +168,40 @@ class SanaCompute:
 
     def glu_linear(self, x: Tensor, size: tuple[int, int], depthwise: nn.Conv2d, layer: nn.Linear) -> Tensor:
         """The layer's output on `depthwise_glu` of x [B, H * W, 2h], a picture of `size` (H, W)."""
-        gated = depthwise_glu(x.unflatten(1, size), depthwise.weight, depthwise.bias)
-        return self.tokens.linear(gated.flatten(1, 2), layer)
+        return self.tokens.linear(depthwise_glu(x.unflatten(1, size), depthwise).flatten(1, 2), layer)
+
+
+class FP8SanaCompute(SanaCompute):
+    """In "fp8": products of image tokens inside the blocks, whose inputs leave the op before them as codes.
+
+    A modulated norm gives codes always; attention and the GLU only without gradients. With them, their output is cast
+    along the tokens too, for the weight gradient, and making it again for that would read more than writing it does.
+    """
+
+    def __init__(self):
+        super().__init__("fp8")
+
+    def add_norm_linear(self, stream, pending, shift, scale, eps, layer):
+        branch = (None, None) if pending is None else pending
+        parameters, options = (layer.weight, layer.bias), self.tokens.options(layer)
+        total, out = fused.fp8_modulate_linear(stream, scale, shift, eps, *parameters, *branch, **options)
+        return stream if total is None else total, out
+
+    def linear_attention_linear(self, qkv, heads, norms, eps, layer):
+        parts = None if torch.is_grad_enabled() else self._heads(qkv, heads, norms)
+        if parts is None or not attention_kernel_takes(parts[0]):
+            return super().linear_attention_linear(qkv, heads, norms, eps, layer)
+        return self._linear_of_codes(ops.linear_attention_quantize(*parts, eps=eps), layer, qkv)
+
+    def glu_linear(self, x, size, depthwise, layer):
+        if torch.is_grad_enabled() or not glu_kernel_takes(x):
+            return super().glu_linear(x, size, depthwise, layer)
+        rows = ops.depthwise_glu_quantize(x.unflatten(1, size), *depthwise_parameters(depthwise))
+        return self._linear_of_codes(rows, layer, x)
+
+    def _linear_of_codes(self, rows: ops.QuantizedTensor, layer: nn.Linear, like: Tensor) -> Tensor:
+        return self.tokens.linear_of_codes(rows, layer).view(*like.shape[:2], -1)
+
+
+def sana_compute(precision: Precision) -> SanaCompute:
+    return FP8SanaCompute() if precision == "fp8" else SanaCompute(precision)

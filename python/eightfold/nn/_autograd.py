@@ -129,6 +129,54 @@ class NormLinears(torch.autograd.Function):
         return dx, dx if ctx.has_residual else None, dnorm, *[None] * 7, *dweights, *dbiases
 
 
+def modulate_forward(x, branch, gate, scale, shift, eps, training):
+    """The sum (None without a branch), row codes and column codes of its modulated norm, its mean and 1 / deviation."""
+    if branch is None:
+        total, out = None, ops.layer_norm_modulate_quantize(x, scale, shift, eps, training)
+    else:
+        total, *out = ops.gated_residual_layer_norm_modulate_quantize(x, branch, gate, scale, shift, eps, training)
+    return total, (out[0], out[1]), (out[2], out[3]), (out[4], out[5])
+
+
+class ModulateLinear(torch.autograd.Function):
+    """The linear after a modulated norm, which may follow a gated residual."""
+
+    @staticmethod
+    def forward(ctx, x, branch, gate, scale, shift, eps, weight, bias, cache, add_to_grad):
+        total, rows, columns, statistics = modulate_forward(x, branch, gate, scale, shift, eps, True)
+        if not ctx.needs_input_grad[6]:
+            columns = None, None
+        ctx.save_for_backward(
+            x if total is None else total, *statistics, scale, None if gate is None else branch, gate, *columns, weight
+        )
+        ctx.cache, ctx.kept = cache, kept(add_to_grad, weight)
+        ctx.has_branch, ctx.shift_dtype = branch is not None, shift.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        out = p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0])
+        return out if total is None else (total, out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        normed, mean, rstd, scale, branch, gate, col_codes, col_scales, weight = ctx.saved_tensors
+        needs, dy = ctx.needs_input_grad, p.flat(grads[-1])
+        dtotal = grads[0].contiguous() if ctx.has_branch else None
+        gradients = p.output_gradients([dy], [weight], [needs[6]])
+        dx = dbranch = dgate = dscale = dshift = dw = db = None
+        if any(needs[:5]):
+            dnormed = p.input_gradient(gradients, [weight], [ctx.cache], dy.dtype).view(normed.shape)
+            dx, dbranch, dgate, dscale, dshift = ops.layer_norm_modulate_backward(
+                dnormed, normed, mean, rstd, scale, dtotal, branch, gate
+            )
+            dscale, dshift = dscale.to(scale.dtype), dshift.to(ctx.shift_dtype)
+            dbranch, dgate = (dx if ctx.has_branch else None, None) if gate is None else (dbranch, dgate.to(gate.dtype))
+        if needs[6]:
+            dw = p.weight_gradient(gradients[0].columns, (col_codes, col_scales), weight.dtype, *sums_so_far(ctx))
+        if needs[7]:
+            db = p.bias_gradient(dy, ctx.bias_dtype)
+        return dx, dbranch, dgate, dscale, dshift, None, dw, db, None, None
+
+
 class SwiGLU(torch.autograd.Function):
     """SwiGLU, with the norm before it when norm_weight is given."""
 

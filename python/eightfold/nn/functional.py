@@ -6,6 +6,8 @@ What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales 
     fp8_norm_linears      row codes of the norm's input, column codes of its output, rstd: 1 U for any number of linears
                           (with save="input" no columns: 0.5 U)
     fp8_norm_qkv          as fp8_norm_linears, and the tables by reference
+    fp8_modulate_linear   the sum in x's dtype, column codes of the norm's output, mean, rstd; with a gate the branch by
+                          reference: 1.5 U
     fp8_swiglu_mlp        column codes of the input, row codes of gate and up (h is recomputed): 0.5 U + intermediate
     fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
     fp8_rms_norm          row codes of the input, rstd: 0.5 U
@@ -140,13 +142,53 @@ def fp8_norm_qkv(
     return _norm_linears(name, x, norm_weight, eps, weights, biases, residual, *options)
 
 
+def fp8_modulate_linear(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    branch: Tensor | None = None,
+    gate: Tensor | None = None,
+    *,
+    cache: WeightCache | None = None,
+    add_to_grad: bool = False,
+) -> tuple[Tensor | None, Tensor]:
+    """(s, (LayerNorm(s) * (1 + scale) + shift) @ weight^T + bias) with s = x + gate * branch, rounded to x's dtype; the
+    first is None without a branch, a gate of None counts as one.
+
+    x and branch [batch, tokens, features]; scale, shift and gate, bfloat16 or float32 of one dtype, [batch, features]:
+    ``eightfold.ops.gated_residual_layer_norm_modulate_quantize``, whose codes the product takes. The gradient of s is
+    added inside the norm's backward kernel. (AdaLN: DiT, arXiv 2212.09748.)
+    """
+    name = "fp8_modulate_linear"
+    x = _activation(name, x).contiguous()
+    if x.dim() != 3:
+        raise ValueError(f"{name}: x must be [batch, tokens, features], got {list(x.shape)}")
+    branch = _like(name, "branch", x, branch)
+    branch = None if branch is None else branch.contiguous()
+    if branch is None and gate is not None:
+        raise ValueError(f"{name}: gate must be None without a branch, got {list(gate.shape)}")
+    for argument, vector in (("scale", scale), ("shift", shift), ("gate", gate)):
+        if vector is not None and vector.shape != (x.shape[0], x.shape[2]):
+            expected = f"[{x.shape[0]}, {x.shape[2]}], a vector of each sample"
+            raise ValueError(f"{name}: {argument} must be {expected}, got {list(vector.shape)}")
+    _check_weight(name, "weight", weight, x.shape[2], bias)
+    if _needs_grad(x, branch, gate, scale, shift, weight, bias):
+        out = a.ModulateLinear.apply(x, branch, gate, scale, shift, eps, weight, bias, cache, add_to_grad)
+        return (None, out) if branch is None else out
+    total, rows, _, _ = a.modulate_forward(x, branch, gate, scale, shift, eps, False)
+    return total, p.product(rows, weight, bias, x.dtype, cache).view(*x.shape[:-1], weight.shape[0])
+
+
 def _norm_linears(
     name, x, norm_weight, eps, weights, biases, residual, save, caches, add_to_grad, tables=(None, None), head_dim=None
 ):
     if save not in ("columns", "input"):
         raise ValueError(f"{name}: save must be 'columns' or 'input', got {save!r}")
     x = _activation(name, x)
-    residual = _residual(name, x, residual)
+    residual = _like(name, "residual", x, residual)
     biases = [None] * len(weights) if biases is None else list(biases)
     caches = (None,) * len(weights) if caches is None else tuple(caches)
     if not len(weights) == len(biases) == len(caches) or not weights:
@@ -214,7 +256,7 @@ def bf16_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 
 def _swiglu(name, x, residual, norm_weight, eps, weights, caches, add_to_grad):
     x = _activation(name, x)
-    residual = _residual(name, x, residual)
+    residual = _like(name, "residual", x, residual)
     caches = (None,) * 3 if caches is None else tuple(caches)
     gate_weight, up_weight, down_weight = weights
     _check_weight(name, "gate_weight", gate_weight, x.shape[-1], None)
@@ -252,14 +294,14 @@ def _activation(name: str, x: Tensor) -> Tensor:
     return x
 
 
-def _residual(name: str, x: Tensor, residual: Tensor | None) -> Tensor | None:
-    if residual is None:
+def _like(name: str, argument: str, x: Tensor, other: Tensor | None) -> Tensor | None:
+    if other is None:
         return None
-    residual = _activation(name, residual)
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        expected, got = (tuple(x.shape), x.dtype), (tuple(residual.shape), residual.dtype)
-        raise ValueError(f"{name}: residual must be as x, {expected}, got {got}")
-    return residual
+    other = _activation(name, other)
+    if other.shape != x.shape or other.dtype != x.dtype:
+        expected, got = (tuple(x.shape), x.dtype), (tuple(other.shape), other.dtype)
+        raise ValueError(f"{name}: {argument} must be as x, {expected}, got {got}")
+    return other
 
 
 def _check_norm(name: str, weight: Tensor, features: int) -> None:
