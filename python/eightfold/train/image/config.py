@@ -38,7 +38,12 @@ class ImageDataConfig(Section):
     resolution: PositiveInt = Field(32, description="pixels of a side of a square picture")
     buckets: bool = Field(False, description="keep the shapes of pictures: sizes of about resolution^2 pixels")
     flip: bool = Field(True, description="mirror half of the pictures of a step, left to right")
-    cache: str | None = Field(None, description="folder that keeps the latents of an autoencoder")
+    autoencoder: str | None = Field(
+        None, description="folder or .safetensors of a DC-AE (models.load_dc_ae), whose latents stand for the pixels"
+    )
+    cache: str | None = Field(
+        None, description="folder that keeps the latents of an autoencoder; without it each run makes them again"
+    )
     held_out: float = Field(0.05, ge=0, lt=1, description="share of the pictures held out")
 
 

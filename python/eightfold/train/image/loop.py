@@ -18,6 +18,7 @@ from eightfold.models.sana_config import SanaConfig
 from eightfold.models.sana_loading import load_sana
 from eightfold.train import checkpoint, distributed
 from eightfold.train.distributed import World
+from eightfold.train.image.autoencoder import load_encoder
 from eightfold.train.image.captions import Captions, TextFile, choose
 from eightfold.train.image.config import ImageConfig, ImageModelConfig
 from eightfold.train.image.data import Batch, Encoder, ImageData, load_images
@@ -60,7 +61,7 @@ def train_image(
     config: ImageConfig, model: Sana | None = None, encoder: Encoder | None = None, name: str = ""
 ) -> ImageResult:
     """Runs ``config``; a ``model`` may be given instead of the one that ``config.model`` names, and an autoencoder's
-    ``encoder`` instead of pixels as latents.
+    ``encoder`` instead of that of ``config.data.autoencoder``. Without either, latents are pixels.
 
     Raises ValueError or OSError with one line for what a user can mend, Interrupted after Ctrl-C or SIGTERM.
     """
@@ -90,6 +91,10 @@ class _ImageRun(Run):
                 f"{self.text.path}: embeddings: expected {sizes.caption_channels} channels as the model's "
                 f"caption_channels, got {self.text.channels}"
             )
+        if config.data.autoencoder is not None:
+            if encoder is not None:
+                raise ValueError(f"encoder: expected None, as data.autoencoder is {config.data.autoencoder}")
+            encoder = load_encoder(config.data.autoencoder, sizes.in_channels, world.device)
         self.data: ImageData = load_images(
             open_pictures(config.data.path),
             config.data,
