@@ -1,5 +1,6 @@
 """examples/rl: its configurations are read, and compare.py runs modes and seeds, skips, resumes, and sums up."""
 
+import importlib.util
 import json
 import signal
 import subprocess
@@ -24,12 +25,25 @@ def vowels(item, completion, finish_reason):
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_configurations_are_read_and_fit_their_caches(path):
     config = load_rl_config(path)
-    item = load_task(config.task, config.seed).item(0)
+    item = load_task(config.task, config.seed, config.reward.function is None).item(0)
     assert item["question"]
     size, prompt = config.rollout.page_size, 128
     pages = -(-(prompt + config.max_new_tokens) // size)
     together = min(config.rollout.sequences, config.prompts_per_step * config.samples_per_prompt)
     assert together * pages <= config.rollout.cache_tokens // size, "sequences would have to wait for pages"
+
+
+def test_counting_rewards_what_comes_in_order():
+    path = EXAMPLES / "counting.py"
+    spec = importlib.util.spec_from_file_location("counting", path)
+    counting = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(counting)
+    item = {"first": 98, "last": 102}
+    for completion, share in ((" 99, 100, 101, 102", 1.0), (" 99, 100, 102", 0.5), ("", 0.0), ("100, 101", 0.0)):
+        assert counting.reward(item, completion, "stop") == share
+    assert counting.reward(item, " 99, 100, 101, 102, 103, 104", "length") == 1.0
+    printed = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, check=True, timeout=60).stdout
+    assert printed == (EXAMPLES / "counting.jsonl").read_text()
 
 
 @pytest.fixture
