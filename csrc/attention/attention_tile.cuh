@@ -105,9 +105,10 @@ __device__ __forceinline__ void absorb(Rows<kDim>& rows, const float (&scores)[k
   float shift[2];
 #pragma unroll
   for (int h = 0; h < kExist; ++h) {
-    float top = kNothing;
+    float tops[4] = {kNothing, kNothing, kNothing, kNothing};  // a maximum knows no order: four short chains
 #pragma unroll
-    for (int j = 0; j < kCount / 4; ++j) top = fmaxf(top, fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+    for (int j = 0; j < kCount / 4; ++j) tops[j % 4] = fmaxf(tops[j % 4], fmaxf(scores[4 * j + 2 * h], scores[4 * j + 2 * h + 1]));
+    const float top = fmaxf(fmaxf(tops[0], tops[1]), fmaxf(tops[2], tops[3]));
     const float now = fmaxf(rows.top[h], __fmul_rn(largest_of_quad(top), factor));
     shift[h] = now == kNothing ? 0.0f : now;  // a row that has seen no key yet
     const float less = ex2_approx(rows.top[h] - shift[h]);
