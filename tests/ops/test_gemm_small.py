@@ -10,8 +10,8 @@ from products import on_device, operand
 
 
 @pytest.mark.parametrize("n", [16, 4608, 6144, 7168, 8448, 28672, 24576])  # a tile width each, on 132 multiprocessors
-def test_few_rows_give_the_bits_of_many(device, n):
-    k = 272  # three groups, the last ragged
+@pytest.mark.parametrize("k", [272, 512])  # three groups, the last ragged; four
+def test_few_rows_give_the_bits_of_many(device, n, k):
     b = operand(n, k, (128, 128), device)
     x = torch.randn(300, k) * 10 ** torch.empty(300, 1).uniform_(-3, 3)
     bias = torch.randn(n, device=device)
