@@ -23,4 +23,6 @@ LONG = (
     "rl",
     "rl_training",
     "diffusion",
+    "image",
 )  # whole layers, steps and models, with compiles: minutes, so only by name
+PARTED = ("step", "image")  # of which parts can be run by themselves

@@ -1,4 +1,4 @@
-"""`python -m bench [family ...] [--device cpu|cuda] [--results DIR]`; of `step` also its parts, by name."""
+"""`python -m bench [family ...] [--device cpu|cuda] [--results DIR]`; of `step` and `image` also their parts."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from . import FAMILIES, LONG
+from . import FAMILIES, LONG, PARTED
 from .common import Bench
 
 
@@ -23,42 +23,44 @@ def main(arguments: list[str] | None = None) -> None:
         type=int,
         default=0,
         metavar="N",
-        help="of decode and rl_training on a GPU: also the N longest kernels",
+        help="of decode, rl_training and image on a GPU: also the N longest kernels",
     )
     options = parser.parse_args(arguments)
     # Read at the first allocation: micro-batches that fill the memory shall not fail for holes in it.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    whole = [name for name in (*FAMILIES, *LONG) if name != "step"]
-    steps = set(options.families) - set(whole)
+    whole = [name for name in (*FAMILIES, *LONG) if name not in PARTED]
     runs = {name: _runner(name) for name in whole}
-    if steps:
-        parts = _parts(options.device)
-        unknown = steps - {"step", *parts}
+    named = set(options.families) - set(whole)
+    if named:
+        parts = {family: _parts(family, options.device) for family in PARTED}
+        known = [part for of_one in parts.values() for part in of_one]
+        unknown = named - {*PARTED, *known}
         if unknown:
-            known = ", ".join(FAMILIES + LONG)
+            families = ", ".join(FAMILIES + LONG)
             parser.error(
-                f"unknown family {', '.join(sorted(unknown))}; known: {known}; parts of step: {', '.join(parts)}"
+                f"unknown family {', '.join(sorted(unknown))}; known: {families}; "
+                f"parts of {' and '.join(PARTED)}: {', '.join(known)}"
             )
-        runs |= {
-            name: run for name, run in parts.items() if name in steps or ("step" in steps and "-variants" not in name)
-        }
+        for family, of_one in parts.items():
+            for name, run in of_one.items():
+                if name in named or (family in named and "-variants" not in name):
+                    runs[name if name.startswith(family) else f"{family}-{name}"] = run
     chosen = [name for name in runs if name in options.families or name not in whole]
     for name in chosen or FAMILIES:
         bench = Bench(options.device, kernels=options.kernels)
         runs[name](bench)
-        bench.report(name if name in whole else f"step-{name}", options.results, options.commit)
+        bench.report(name, options.results, options.commit)
 
 
 def _runner(family: str) -> Callable[[Bench], None]:
     return lambda bench: importlib.import_module(f"{__package__}.{family}").run(bench)
 
 
-def _parts(device: str | None) -> dict[str, Callable[[Bench], None]]:
+def _parts(family: str, device: str | None) -> dict[str, Callable[[Bench], None]]:
     import torch
 
-    from . import step
-
-    return step.parts((device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda")
+    cuda = (device or ("cuda" if torch.cuda.is_available() else "cpu")) == "cuda"
+    return importlib.import_module(f"{__package__}.{family}").parts(cuda)
 
 
 if __name__ == "__main__":

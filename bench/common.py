@@ -19,7 +19,7 @@ import torch
 Run = Callable[[], object]
 COPY = "a copy of as many bytes"
 LARGEST_COPY = 1 << 33  # bytes; larger ones run at the ceiling
-PEERS = ("sgl-deep-gemm", "deep_gemm", "torchao", "bitsandbytes", "liger-kernel", "triton")
+PEERS = ("sgl-deep-gemm", "deep_gemm", "torchao", "bitsandbytes", "liger-kernel", "diffusers", "triton")
 
 
 @dataclass

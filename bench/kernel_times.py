@@ -8,6 +8,7 @@ import torch
 
 # The first class one of whose words is in a kernel's name takes it.
 CLASSES = {
+    "convolution": ("depthwise", "conv2d", "implicit_gemm"),
     "attention": ("flash", "fmha", "sdpa", "cudnn", "attention"),
     "optimizer": ("adamw", "came_", "multi_tensor", "dre_"),
     "GEMM": ("fp8_gemm", "gemm", "cutlass", "nvjet", "cublas", "splitk", "_mm_"),

@@ -152,7 +152,7 @@ def layers(bench: Bench, *, name: str, config, batch: int, tokens: int, save: st
         saved, peak = candidate.saved_bytes(), _peak_bytes(candidate.step, device)
         runs[key] = {"ms": us / 1e3 if us else None, "saved_units": saved / unit, "peak_bytes": peak}
     bench.note("step", name=f"layer of {name} {batch}x{tokens}", runs=runs)
-    _profile(bench, f"layer of {name} {batch}x{tokens}", ours.step)
+    profile(bench, f"layer of {name} {batch}x{tokens}", ours.step)
 
 
 def _variant(name: str, make: Callable[[], LayerRun]) -> dict[str, LayerRun]:
@@ -237,34 +237,34 @@ def models(bench: Bench, *, name: str, config, batch: int, tokens: int, peers: t
     if peers == ("fp32 master + autocast, compiled",):
         runs[peers[0]] = _alone(lambda: _plain_model(config, device, data, tables, torch.float32), device)
         peers = ()
-    built = {"ours": _built(lambda: _our_model(config, device, data), device)}
+    built = {"ours": built_run(lambda: _our_model(config, device, data), device)}
     for peer in peers:
         try:
-            built[peer] = _built(lambda: _plain_model(config, device, data, tables, torch.bfloat16), device)
+            built[peer] = built_run(lambda: _plain_model(config, device, data, tables, torch.bfloat16), device)
         except Exception as reason:
             print(f"  peer {peer} left out: {str(reason).splitlines()[0][:90]}")
     times: dict[str, list[float]] = {key: [] for key in built}
     for _ in range(8 if device.type == "cuda" else 2):
         for key, candidate in built.items():
-            times[key].append(_wall_seconds(candidate.step, device))
+            times[key].append(wall_seconds(candidate.step, device))
     for key, candidate in built.items():
         seconds = statistics.median(times[key])
         runs[key] = {
             "ms": 1e3 * seconds,
-            "host_ms": 1e3 * _host_seconds(candidate.step, device),
+            "host_ms": 1e3 * host_seconds(candidate.step, device),
             "tokens_per_second": batch * tokens / seconds,
             "peak_bytes": candidate.peak,
             "state_bytes": candidate.state,
         }
     bench.note("step", name=f"{name} {batch}x{tokens}", runs=runs)
     if len(runs) == 1 or peers:
-        _profile(bench, f"{name} {batch}x{tokens}", built["ours"].step, runs["ours"]["ms"])
+        profile(bench, f"{name} {batch}x{tokens}", built["ours"].step, runs["ours"]["ms"])
 
 
 def _alone(make: Callable[[], Callable], device) -> dict:
     """Peak memory of a run that is gone afterwards; None where it does not fit."""
     try:
-        run = _built(make, device)
+        run = built_run(make, device)
     except torch.OutOfMemoryError:
         return {"peak_bytes": None, "does_not_fit": torch.cuda.get_device_properties(device).total_memory}
     finally:
@@ -274,16 +274,16 @@ def _alone(make: Callable[[], Callable], device) -> dict:
     return {"peak_bytes": run.peak, "state_bytes": run.state}
 
 
-def _profile(bench: Bench, name: str, step: Callable[[], object], wall_ms: float | None = None) -> None:
+def profile(bench: Bench, name: str, step: Callable[[], object], wall_ms: float | None = None) -> None:
     if bench.device.type != "cuda":
         return
     times = KernelTimes(step, wall_ms)
-    print(times.table(kernels=16))
+    print(times.table(bench.kernels or 16))
     bench.note("profile", name=name, ms=dict(times.by_class), wall_ms=times.wall_ms, idle_share=times.idle_share)
 
 
 def _our_model(config, device, data) -> Callable[[], torch.Tensor]:
-    with device, _default_dtype(torch.bfloat16):
+    with device, default_dtype(torch.bfloat16):
         model = Decoder(config, "fp8")
     optimizer = eightfold.optim.AdamW(model.parameters(), lr=1e-4)
 
@@ -298,7 +298,7 @@ def _our_model(config, device, data) -> Callable[[], torch.Tensor]:
 
 
 def _plain_model(config, device, data, tables, dtype) -> Callable[[], torch.Tensor]:
-    with device, _default_dtype(dtype):
+    with device, default_dtype(dtype):
         model = PlainModel(config)
     call = torch.compile(model, dynamic=False)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -314,7 +314,7 @@ def _plain_model(config, device, data, tables, dtype) -> Callable[[], torch.Tens
     return step
 
 
-def _built(make: Callable[[], Callable], device) -> ModelRun:
+def built_run(make: Callable[[], Callable], device) -> ModelRun:
     before = _allocated(device)
     step = make()
     for _ in range(3):  # the first steps make states and compile
@@ -324,7 +324,7 @@ def _built(make: Callable[[], Callable], device) -> ModelRun:
     return ModelRun(step, _peak_bytes(step, device) - before, _allocated(device) - before)
 
 
-def _wall_seconds(step: Callable[[], object], device, steps: int = 2) -> float:
+def wall_seconds(step: Callable[[], object], device, steps: int = 2) -> float:
     """Seconds a step, host and device: `steps` in a row, then one wait."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -336,7 +336,7 @@ def _wall_seconds(step: Callable[[], object], device, steps: int = 2) -> float:
     return (time.perf_counter() - start) / steps
 
 
-def _host_seconds(step: Callable[[], object], device) -> float:
+def host_seconds(step: Callable[[], object], device) -> float:
     """Seconds until a step's call returns, the device being free. Below the step's own time, the host is ahead."""
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -346,7 +346,7 @@ def _host_seconds(step: Callable[[], object], device) -> float:
 
 
 @contextlib.contextmanager
-def _default_dtype(dtype: torch.dtype):
+def default_dtype(dtype: torch.dtype):
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:

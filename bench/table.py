@@ -145,9 +145,14 @@ def _step_rows(families: list[Family]) -> str:
             ours = step["runs"].get("ours", {})
             for name, run in sorted(step["runs"].items(), key=lambda item: item[0] != "ours"):
                 times = _ratio(run.get("ms"), ours.get("ms"), "{:,.1f} ms", name)
-                tokens = f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else ""
-                rows.append(([step["name"], name, times, tokens, _memory(run, ours, name)], family))
+                rows.append(([step["name"], name, times, _speed(run), _memory(run, ours, name)], family))
     return _markdown("training | run | time | tokens/s | memory", "llrrl", rows, families) if rows else ""
+
+
+def _speed(run: dict) -> str:
+    if run.get("images_per_second"):
+        return f"{run['images_per_second']:,.2f} images/s"
+    return f"{run['tokens_per_second']:,.0f}" if run.get("tokens_per_second") else ""
 
 
 def _memory(run: dict, ours: dict, name: str) -> str:

@@ -360,7 +360,7 @@ def _parser() -> argparse.ArgumentParser:
 
     bench = commands.add_parser("bench", help="time the kernels of this machine")
     bench.add_argument(
-        "families", nargs="*", help="default: all kernels; step: layers and training steps, also by part"
+        "families", nargs="*", help="default: all kernels; step and image: layers, models, training, also by part"
     )
     bench.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda when there is one")
     bench.add_argument("--results", metavar="FOLDER", help="also write JSON lines there")

@@ -15,6 +15,8 @@ def bench():
         import bench
         import bench.__main__
         import bench.chains
+        import bench.image
+        import bench.image_training
         import bench.step
         import bench.table
     finally:
