@@ -91,6 +91,9 @@ def run(bench: Bench, sizes: Sizes) -> None:
     runs = {"ours": _measured(built, device, sizes), **runs}
     name = f"training {sizes.name}, batch {sizes.training_batch}"
     bench.note("step", name=name, runs=runs)
+    if PEER in runs:
+        ratios = [runs[PEER][key] / runs["ours"][key] for key in ("ms", "peak_bytes")]
+        print(f"  peer / ours: time {ratios[0]:.3f}, peak memory {ratios[1]:.3f}")
     profile(bench, name, built.step, runs["ours"]["ms"])
 
 

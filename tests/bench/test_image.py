@@ -41,7 +41,7 @@ def test_image(bench, tmp_path, capsys):
     assert [step["name"] for step in wholes] == [f"images small, 20 steps, batch {batch}" for batch in (1, 2)]
     for step in wholes:
         assert set(step["runs"]) == {"ours", "ours, bf16"}
-        assert all(figures["ms"] > figures["steps_ms"] > 0 for figures in step["runs"].values())
+        assert all(figures["ms"] > figures["decoder_ms"] > 0 for figures in step["runs"].values())
     assert "gradient: error " in capsys.readouterr().out
     text = bench.table.table(bench.table.read_results(tmp_path))
     assert "| images small, 20 steps, batch 2 | ours | " in text

@@ -96,6 +96,8 @@ def test_classes_of_kernels(bench):
         ("eightfold::quant::parts_cast_kernel<4, 16>", "casts, norms, SwiGLU"),
         ("eightfold::quant::fold_dweight_kernel", "casts, norms, SwiGLU"),
         ("eightfold::adamw_dre_kernel", "optimizer"),
+        ("eightfold::conv::depthwise_glu_kernel<true>", "convolution"),
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32", "convolution"),
         ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop", "attention"),
         ("eightfold::cross_entropy_kernel", "loss"),
         ("Memset (Device)", "other"),
