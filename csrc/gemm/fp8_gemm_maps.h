@@ -18,19 +18,6 @@ inline CUtensorMap fp8_gemm_codes_map(const uint8_t* codes, int64_t rows, int64_
                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B});
 }
 
-// The same codes as blocks of 128 of K, of which a box holds all: index (0, row, k / 128). k is a multiple of 128.
-inline CUtensorMap fp8_gemm_blocks_map(const uint8_t* codes, int64_t rows, int64_t k, int64_t ld, int box_rows) {
-  const int64_t blocks = k / kFp8GemmStepK;
-  return encode_tensor_map({codes,
-                            {kFp8GemmStepK, rows, blocks},
-                            {0, ld, kFp8GemmStepK},
-                            {kFp8GemmStepK, static_cast<uint32_t>(box_rows), static_cast<uint32_t>(blocks)},
-                            CU_TENSOR_MAP_DATA_TYPE_UINT8,
-                            1,
-                            CU_TENSOR_MAP_SWIZZLE_128B,
-                            CU_TENSOR_MAP_L2_PROMOTION_L2_256B});
-}
-
 // The same rows in an order in which a lane's results of the matrix instruction (core/wgmma.cuh) are eight neighbours: row
 // 8 * h + 2 * q + e of 32 in shared memory is row 8 * q + 2 * h + e in device memory (q, h below 4, e below 2). A box begins at index
 // (k, 0, 0, 0, row / 32); rows are a multiple of 32.

@@ -33,7 +33,6 @@ namespace {
 constexpr int kStepK = kFp8GemmStepK;
 constexpr int kAtomBytes = 1024;  // alignment of a swizzled tile
 constexpr int kTeamThreads = 128, kTeamRows = 64;
-constexpr int kMostBoxBlocks = 256;  // of a tensor map's dimension
 
 // A team is a math warpgroup with 64 rows of a. A block's part of b is a multiple of kPartUnit rows.
 template <int kWidth, int kTeamCount, int kPartUnit = 8>
@@ -59,16 +58,14 @@ struct KernelArgs {
   uint32_t halves;       // 2: neighbours have the same rows of b, and of a the first and the last rows
   uint32_t rows;         // of a in a stage
   uint32_t stages;
-  uint32_t resident;        // a's codes and scales for all of K stay in shared memory
   uint32_t settled;         // b may be read while the kernels ahead run
   uint32_t ahead_bytes;     // of each row of the first tile of b, asked for before the kernels ahead have ended
   uint32_t scale_bytes[2];  // of a's scales for 128 of K, in each half
   int32_t scale_rows;       // of b_scales
 
-  // Offsets in shared memory: each array holds all stages, or of a all steps. a comes first: rows that are not loaded are read past its
-  // end.
+  // Offsets in shared memory: each array holds all stages. a comes first: the rows that are not loaded are read past its end.
   __device__ __forceinline__ uint32_t a_bytes() const { return rows * kStepK; }
-  __device__ __forceinline__ uint32_t b_at() const { return (resident ? steps : stages) * a_bytes(); }
+  __device__ __forceinline__ uint32_t b_at() const { return stages * a_bytes(); }
   __device__ __forceinline__ uint32_t half() const { return halves == 2 ? blockIdx.x % 2 : 0; }
 };
 
@@ -85,7 +82,7 @@ __device__ __forceinline__ Part part_of(const KernelArgs& args) {
 }
 
 struct Barriers {
-  uint64_t full[kFp8GemmSmallStages], empty[kFp8GemmSmallStages], resident;
+  uint64_t full[kFp8GemmSmallStages], empty[kFp8GemmSmallStages];
 };
 
 struct Maps {
@@ -129,25 +126,14 @@ __device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& ar
   }
 }
 
-// A small a: all of it, at once.
 template <class C>
-__device__ __forceinline__ void load_resident(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t barrier) {
-  const uint32_t scale_bytes = static_cast<uint32_t>((args.steps - 1) * args.ld_a_scales * 4) + args.scale_bytes[0];
-  barrier_arrive_expect(barrier, args.steps * args.a_bytes() + scale_bytes);
-  tma_load_3d(shared, &maps.a, barrier, 0, 0, 0);
-  bulk_load(shared + args.b_at() + args.stages * C::kBBytes, args.a_scales, scale_bytes, barrier);
-}
-
-template <class C>
-__device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args, uint32_t shared, const Barriers& barriers) {
-  const uint32_t full = shared_address(barriers.full), empty = shared_address(barriers.empty);
+__device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full, uint32_t empty) {
   const uint32_t half = args.half(), a_bytes = args.a_bytes(), scale_bytes = args.scale_bytes[half];
   const uint32_t scales_at = shared + args.b_at() + args.stages * C::kBBytes;
   const int32_t a_row = static_cast<int32_t>(C::kRows * half);
   const float* a_scales = args.a_scales + a_row;
   const Part part = part_of<C>(args);
 
-  if (args.resident) load_resident<C>(maps, args, shared, shared_address(&barriers.resident));
   Ring at;
   uint32_t filled = args.settled ? args.stages : 0;  // stages that fill_ring() sees to
   for (int32_t row = part.begin; row < part.end; row += C::kTileN) {
@@ -156,17 +142,14 @@ __device__ __forceinline__ void produce(const Maps& maps, const KernelArgs& args
     for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, scales += args.ld_a_scales, at.advance(args.stages)) {
       const uint32_t barrier = full + 8 * at.stage;
       barrier_wait(empty + 8 * at.stage, at.parity ^ 1);
-      const bool asked = filled > 0;
-      if (asked) --filled;
-      if (args.resident) {
-        if (asked) continue;
-        barrier_arrive_expect(barrier, b.bytes);
+      if (filled > 0) {
+        --filled;
+        barrier_arrive_expect(barrier, a_bytes + scale_bytes);
+      } else {
+        if (args.settled) barrier_arrive(barrier);
+        barrier_arrive_expect(barrier, b.bytes + a_bytes + scale_bytes);
         b.load(args, shared, at.stage, barrier, k);
-        continue;
       }
-      if (!asked && args.settled) barrier_arrive(barrier);
-      barrier_arrive_expect(barrier, (asked ? 0 : b.bytes) + a_bytes + scale_bytes);
-      if (!asked) b.load(args, shared, at.stage, barrier, k);
       tma_load_2d(shared + at.stage * a_bytes, &maps.a, barrier, k, a_row);
       bulk_load(scales_at + at.stage * C::kScaleBytes, scales, scale_bytes, barrier);
     }
@@ -243,7 +226,6 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Epilogue&
   const uint32_t a_at = shared + team * kTeamRows * kStepK, b_at = args.b_at();
   const Part part = part_of<C>(args);
   const float* a_scales = reinterpret_cast<const float*>(memory + b_at + args.stages * C::kBBytes) + lane_row;
-  const uint32_t scales_apart = args.resident ? static_cast<uint32_t>(args.ld_a_scales) : C::kScaleBytes / 4;
 
   Ring asked, done;  // the stage whose products start next, and the one whose products are promoted next
   LaneScales b_scales, next_b_scales;
@@ -256,11 +238,9 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Epilogue&
     for (int i = 0; i < kCount; ++i) acc[i] = 0.0f;
 
     // Partial sums of a step: started, ...
-    uint32_t next = 0;  // step
     auto start = [&](float (&partial)[kCount]) __attribute__((always_inline)) {
       barrier_wait(full + 8 * asked.stage, asked.parity);
-      const uint64_t a = wgmma_operand(a_at + (args.resident ? next : asked.stage) * args.a_bytes());
-      ++next;
+      const uint64_t a = wgmma_operand(a_at + asked.stage * args.a_bytes());
       const uint64_t b = wgmma_operand(shared + b_at + asked.stage * C::kBBytes);
       pin_registers(partial);
       wgmma_fence();
@@ -279,7 +259,7 @@ __device__ __forceinline__ void multiply(const KernelArgs& args, const Epilogue&
         const bool last = step + 32 >= args.steps;
         next_b_scales = load_b_scales(args, last ? column + C::kTileN : column, last ? 0 : step + 32, lane);
       }
-      const float* at = a_scales + (args.resident ? step : done.stage) * scales_apart;
+      const float* at = a_scales + done.stage * (C::kScaleBytes / 4);
       const float upper = at[0], lower = at[8];
       const float near = __shfl_sync(0xFFFFFFFFu, b_scales.near, step % 32);
       const float far = __shfl_sync(0xFFFFFFFFu, b_scales.far, step % 32);
@@ -352,10 +332,8 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
     epilogue.prefetch(part_of<C>(args).begin, C::kTileN, lane);
   }
   if (warp < 2 && elect_lane()) {
-    const uint32_t arrivals =
-        warp == 0 ? 1 + (args.settled && !args.resident) : 4 * C::kTeams;  // the producer's, the filler's; one lane's of each math warp
+    const uint32_t arrivals = warp == 0 ? 1 + args.settled : 4 * C::kTeams;  // the producer's, the filler's; one lane's of each math warp
     for (uint32_t stage = 0; stage < args.stages; ++stage) barrier_init((warp == 0 ? full : empty) + 8 * stage, arrivals);
-    if (warp == 0) barrier_init(shared_address(&barriers.resident), 1);
     barrier_init_fence();
   }
   __syncthreads();
@@ -367,12 +345,10 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
     if (args.steps == 0) return;
     if (!args.settled && args.ahead_bytes > 0 && elect_lane()) prefetch_first_codes<C>(args);
     wait_for_earlier_kernels();
-    if (wanted() && elect_lane()) produce<C>(maps, args, shared, barriers);
+    if (wanted() && elect_lane()) produce<C>(maps, args, shared, full, empty);
   } else {
     wait_for_earlier_kernels();
-    if (!wanted()) return;
-    if (args.resident) barrier_wait(shared_address(&barriers.resident), 0);
-    multiply<C>(args, epilogue, memory, shared, full, empty);
+    if (wanted()) multiply<C>(args, epilogue, memory, shared, full, empty);
   }
 }
 
@@ -399,10 +375,6 @@ void launch_fp8_gemm_small(const Fp8GemmArgs& args, const Epilogue& epilogue, co
   kernel_args.halves = static_cast<uint32_t>(plan.halves);
   kernel_args.rows = static_cast<uint32_t>(plan.rows);
   kernel_args.stages = static_cast<uint32_t>(plan.stages);
-  // Of rows that a does not have scales are read, too: those of 64 and more beyond the last step's.
-  const int64_t resident = kernel_args.steps * (plan.rows * kStepK + args.ld_a_scales * 4) + plan.stages * C::kBBytes + 2 * kAtomBytes;
-  kernel_args.resident = plan.rows == 8 && args.k % kStepK == 0 && args.ld_a_scales <= plan.rows && resident <= kFp8GemmSmallShared &&
-                         kernel_args.steps >= C::kLeastSteps && kernel_args.steps <= kMostBoxBlocks;
   kernel_args.settled = args.settled && kernel_args.steps >= C::kLeastSteps ? 1 : 0;
   kernel_args.ahead_bytes =
       static_cast<uint32_t>(std::min<int64_t>(kFp8GemmSmallAhead / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
@@ -414,8 +386,7 @@ void launch_fp8_gemm_small(const Fp8GemmArgs& args, const Epilogue& epilogue, co
 
   Maps maps{};  // unused when k is 0
   if (kernel_args.steps > 0) {
-    const auto a_map = kernel_args.resident ? fp8_gemm_blocks_map : fp8_gemm_codes_map;
-    maps.a = a_map(args.a, args.m, args.k, args.lda, plan.rows);
+    maps.a = fp8_gemm_codes_map(args.a, args.m, args.k, args.lda, plan.rows);
     maps.b = fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, C::kTileN);
     const int narrow = static_cast<int>(kernel_args.narrow_rows);
     maps.narrow_b = narrow == C::kTileN ? maps.b : fp8_gemm_codes_map(args.b, args.n, args.k, args.ldb, narrow);

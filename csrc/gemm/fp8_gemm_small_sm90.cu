@@ -7,8 +7,7 @@
 //             warpgroups share the tile (few bytes a product: for large b), or two blocks have 64 rows each of a tile twice as wide
 //             (the better shape where a part is narrow). Only the rows that a has are loaded; the others are whatever shared
 //             memory holds, and so are their results, which nobody stores.
-//   producer  one thread brings 128 of K a stage into a ring: b's codes; a's codes, from the L2 cache; a's scales. (Of 8 rows at most a
-//             and its scales come at once and stay: a copy a stage, not three, and one trip to the cache.) Blocks that read
+//   producer  one thread brings 128 of K a stage into a ring: b's codes; a's codes, from the L2 cache; a's scales. Blocks that read
 //             the same rows at the same time are served together on the way from the cache; explicit multicast in clusters was slower.
 //   math      a warpgroup for 64 rows. For each stage: 4 wgmma (32 of K each) from zero into one of two to four sets of registers,
 //             while the oldest set is promoted: acc += partial * (sa * sb). The tensor core always has the next products queued,
