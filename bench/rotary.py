@@ -1,4 +1,5 @@
-"""Rotary position embedding, and its backward pass with the casts. Floor: all in and out once, at copy bandwidth."""
+"""Rotary position embedding, with the norm of heads before it, and its backward pass with the casts. Floor: all in and
+out once, at copy bandwidth."""
 
 import torch
 
@@ -33,6 +34,44 @@ def run(bench: Bench) -> None:
     for layer in layers:
         for bias in (False, True):
             _backward(bench, *layer, bias)
+    for layer in ((1, 7680, 32, 128), (1, 7680, 8, 128)) if cuda else ((1, 512, 9, 64),):  # q and k of Qwen3-8B
+        _norm(bench, *layer)
+
+
+def _norm(bench: Bench, batch: int, tokens: int, heads: int, dim: int) -> None:
+    """In training, both ways."""
+    x, dy = (torch.randn(batch, tokens, heads, dim, device=bench.device, dtype=torch.bfloat16) for _ in range(2))
+    weight = torch.rand(dim, device=bench.device) + 0.5
+    angle = torch.rand(1, tokens, 1, dim // 2, device=bench.device) * 100
+    tables = angle.cos(), angle.sin()
+    forward = x, weight, 1e-6, *tables, True
+    saved = ops.rms_norm_rotary(*forward)[1:]
+    backward = dy, *saved, weight, *tables
+
+    def forward_apart():
+        y, *_ = ops.rms_norm(x.view(-1, dim), weight, 1e-6, True)
+        return ops.rotary(y.view(x.shape), *tables)
+
+    def backward_apart():
+        rotated_back = ops.rotary(dy, *tables, True).view(-1, dim)
+        return ops.rms_norm_backward(rotated_back, *saved, weight, None)[0].view(x.shape)
+
+    for name, inputs, apart in (
+        ("rms_norm_rotary", forward, forward_apart),
+        ("rms_norm_rotary_backward", backward, backward_apart),
+    ):
+        ours, exact = getattr(ops, name), getattr(reference, name)
+        bench.add(
+            Case(
+                name,
+                f"{batch}x{tokens}x{heads}x{dim}",
+                ours=lambda ours=ours, inputs=inputs: ours(*inputs),
+                error=lambda ours=ours, exact=exact, inputs=inputs: relative_error(ours(*inputs)[0], exact(*inputs)[0]),
+                tolerance=5e-3,
+                bytes=x.numel() // dim * (5 * dim + 8) + 8 * angle.numel(),
+                peers={"ops apart": apart},
+            )
+        )
 
 
 def _backward(bench: Bench, batch: int, tokens: int, heads: int, kv_heads: int, dim: int, bias: bool) -> None:

@@ -95,6 +95,12 @@ def attention_and_loss(tokens: int, heads: int, head_size: int, vocabulary: int)
     for inverse in (False, True):
         op.rotary(x, angle.cos(), angle.sin(), inverse)
     for dtype in FORMATS:
+        for weight in (torch.rand(head_size, device="cuda"), torch.rand(head_size, device="cuda", dtype=dtype)):
+            part = torch.randn(1, tokens, heads + 2, head_size, device="cuda", dtype=dtype)[:, :, 1:-1]
+            _, *saved = op.rms_norm_rotary(part, weight, 1e-6, angle.cos(), angle.sin(), True)
+            op.rms_norm_rotary(part, weight, 1e-6, angle.cos(), angle.sin(), False)
+            op.rms_norm_rotary_backward(part, *saved, weight, angle.cos(), angle.sin())
+    for dtype in FORMATS:
         for rows in (tokens, 8 * tokens):  # with 8 * tokens the fused kernel, at the edges of its tiles
             tables = [t(torch.rand(1, rows, 1, head_size // 2, device="cuda")) for t in (torch.cos, torch.sin)]
             shapes = [(2, h, rows, head_size) for h in (32, 32, 3)]
@@ -295,5 +301,6 @@ if __name__ == "__main__":
     attention_and_loss(9, 3, 36, 1003)
     attention_and_loss(130, 4, 128, 2048)
     attention_and_loss(19, 2, 64, 40)
+    attention_and_loss(21, 5, 96, 40)
     torch.cuda.synchronize()
     print("every op ran")

@@ -22,23 +22,6 @@ using namespace attention;
 
 constexpr int kThreads = 128, kRowsOfBlock = kThreads / kRowLanes;
 
-// `half` lanes hold the first of each pair, the next `half` the second.
-__device__ __forceinline__ Octet<__nv_bfloat16> rotate(const Octet<__nv_bfloat16>& x, const Octet<float>& cos, const Octet<float>& sin,
-                                                       int half) {
-  const int lane = threadIdx.x % kRowLanes;
-  const bool first = lane < half;
-  const uint32_t flip = first ? 0x80008000u : 0;
-  Octet<__nv_bfloat16> other, turned;
-#pragma unroll
-  for (int w = 0; w < 4; ++w)
-    other.words[w] = __shfl_sync(quant::kWholeWarp, x.words[w], first ? lane + half : lane - half, kRowLanes) ^ flip;
-  float v[8];
-#pragma unroll
-  for (int j = 0; j < 8; ++j) v[j] = rotated(x.value(j), other.value(j), cos.value(j), sin.value(j));
-  turned.set(v);
-  return turned;
-}
-
 template <bool kNorm, bool kCodes>
 __global__ void __launch_bounds__(kThreads) rope_cache_write_kernel(const RopeCacheWrite op) {
   using T = __nv_bfloat16;
@@ -73,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) rope_cache_write_kernel(const RopeCa
     const float rstd = quant::rstd_of(quant::squares_of_group(x), store.dim, op.eps);
     if (!value) x = quant::normalise_octet(x, rstd, weight);
   }
-  const Octet<T> turned = rotate(x, cos, sin, half);
+  const Octet<T> turned = rotate_octet(x, cos, sin, half);
   if (!value) x = turned;
   if (query && mine) {
     store_octet_whole(static_cast<T*>(op.out.data) + token * op.out.token_stride + head * op.out.head_stride + 8 * lane, x);

@@ -1,7 +1,8 @@
-// rotary and its backward pass fused with the casts: checks, allocation, dispatch.
+// rotary, its backward pass fused with the casts, and both ways of it fused with the norm of heads: checks, allocation, dispatch.
 #include "rotary/rotary.h"
 
 #include "bindings/casts.h"
+#include "rotary/rms_norm_rotary.h"
 #include "rotary/rotary_backward.h"
 
 namespace eightfold::bindings {
@@ -131,10 +132,114 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> rotary_backward_quantize(cons
   return result();
 }
 
+Heads heads_of(const Tensor& x, const char* op, const char* argument) {
+  check_rank(x, 4, op, argument);
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, argument);
+  check_last_dim_contiguous(x, op, argument);
+  EF_CHECK(x.size(3) % 2 == 0, op, ": ", argument, " must have an even last dimension, got shape ", shape_of(x));
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), dtype_of(x, op, argument), x.size(0), x.size(1), x.size(2), x.size(3)};
+}
+
+RotaryTables tables_of(const Tensor& cos, const Tensor& sin, const Tensor& x, const char* op) {
+  RotaryTables tables{table(cos, x, op, "cos"), table(sin, x, op, "sin"), cos.size(0) == 1 ? 0 : cos.size(1) * cos.size(3)};
+  check_shape(sin, {cos.size(0), cos.size(1), 1, cos.size(3)}, op, "sin");
+  return tables;
+}
+
+const void* head_weight(const Tensor& weight, const Tensor& x, const char* op) {
+  check_dtype(weight, {ScalarType::BFloat16, ScalarType::Float}, op, "weight");
+  check_same_device(weight, x, op, "weight");
+  check_shape(weight, {x.size(3)}, op, "weight");
+  check_contiguous(weight, op, "weight");
+  EF_CHECK(x.is_cpu() || x.size(3) <= quant::kMaxNormCols, op, ": heads have ", x.size(3), " elements; the CUDA kernel takes at most ",
+           quant::kMaxNormCols);
+  return weight.data_ptr();
+}
+
+#ifdef EIGHTFOLD_WITH_CUDA
+// What the fused kernels do not take: each step by its own kernel, the same bits.
+void separately(const RmsNormRotary& op, const Tensor& x) {
+  void* stream = current_stream(x);
+  const bool dense = x.is_contiguous();
+  const Tensor copy = dense ? empty({0}, x.scalar_type(), x) : empty(x.sizes(), x.scalar_type(), x);
+  if (!dense) TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(copy.get(), x.get(), 0));
+  const Tensor normed = empty(x.sizes(), x.scalar_type(), x);
+  quant::RmsNorm norm{};
+  norm.x = dense ? x.data_ptr() : copy.data_ptr();
+  norm.weight = op.weight, norm.dtype = op.x.dtype, norm.weight_dtype = op.weight_dtype;
+  norm.rows = op.x.rows(), norm.cols = op.x.dim, norm.eps = op.eps;
+  norm.y = normed.data_ptr(), norm.x_rows = op.x_rows, norm.rstd = op.rstd;
+  quant::rms_norm_sm90(norm, stream);
+  const int64_t token = op.x.heads * op.x.dim;
+  const Heads from{normed.data_ptr(), op.x.tokens * token, token, op.x.dim, op.x.dtype, op.x.batch, op.x.tokens, op.x.heads, op.x.dim};
+  rotary_sm90(rotary_of(from, op.tables, op.y, false), stream);
+}
+
+void separately(const RmsNormRotaryBackward& op, const Tensor& dy) {
+  const Tensor rotated_back = empty(dy.sizes(), dy.scalar_type(), dy);
+  rotary_sm90(rotary_of(op.dy, op.tables, rotated_back.data_ptr(), true), current_stream(dy));
+  quant::rms_norm_backward_sm90(op.norm(rotated_back.data_ptr()), current_stream(dy));
+}
+#endif
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> rms_norm_rotary(const Tensor& x, const Tensor& weight, double eps, const Tensor& cos,
+                                                           const Tensor& sin, bool training) {
+  const char* op = "rms_norm_rotary";
+  RmsNormRotary args{};
+  args.x = heads_of(x, op, "x");
+  args.tables = tables_of(cos, sin, x, op);
+  args.weight = head_weight(weight, x, op), args.weight_dtype = dtype_of(weight, op, "weight");
+  EF_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
+  args.eps = static_cast<float>(eps);
+  const int64_t rows = args.x.rows();
+  Tensor y = empty(x.sizes(), x.scalar_type(), x), rstd = empty({training ? rows : 0}, ScalarType::Float, x);
+  RowCast x_rows = empty_row_cast(rows, args.x.dim, x, training);
+  args.y = y.data_ptr(), args.x_rows = x_rows.view;
+  if (training) args.rstd = static_cast<float*>(rstd.data_ptr());
+  if (rows > 0 && x.is_cpu()) rms_norm_rotary_cpu(args);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (rows > 0 && x.is_cuda()) {
+    OnDeviceOf device(x);
+    rms_norm_rotary_fits_sm90(args) ? rms_norm_rotary_sm90(args, current_stream(x)) : separately(args, x);
+  }
+#endif
+  return {std::move(y), std::move(x_rows.codes), std::move(x_rows.scales), std::move(rstd)};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_rotary_backward(const Tensor& dy, const Tensor& x_codes, const Tensor& x_scales, const Tensor& rstd,
+                                                    const Tensor& weight, const Tensor& cos, const Tensor& sin) {
+  const char* op = "rms_norm_rotary_backward";
+  RmsNormRotaryBackward args{};
+  args.dy = heads_of(dy, op, "dy");
+  args.tables = tables_of(cos, sin, dy, op);
+  args.weight = head_weight(weight, dy, op), args.weight_dtype = dtype_of(weight, op, "weight");
+  const int64_t rows = args.dy.rows(), dim = args.dy.dim;
+  args.x_codes = row_codes_in(x_codes, x_scales, rows, dim, dy, op, "x_codes", "x_scales");
+  check_same_device(rstd, dy, op, "rstd");
+  check_dtype(rstd, {ScalarType::Float}, op, "rstd");
+  check_shape(rstd, {rows}, op, "rstd");
+  check_contiguous(rstd, op, "rstd");
+  Tensor dx = empty(dy.sizes(), dy.scalar_type(), dy), dweight = empty({dim}, ScalarType::Float, dy);
+  const Tensor partials = empty({quant::backward_runs(rows, dim), dim}, ScalarType::Float, dy);
+  args.rstd = static_cast<const float*>(rstd.data_ptr());
+  args.dx = dx.data_ptr(), args.dweight = static_cast<float*>(dweight.data_ptr());
+  args.partials = static_cast<float*>(partials.data_ptr());
+  if (dy.is_cpu()) rms_norm_rotary_backward_cpu(args);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (dy.is_cuda()) {
+    OnDeviceOf device(dy);
+    rms_norm_rotary_backward_fits_sm90(args) ? rms_norm_rotary_backward_sm90(args, current_stream(dy)) : separately(args, dy);
+  }
+#endif
+  return {std::move(dx), std::move(dweight)};
+}
+
 template <class Library>
 void register_all(Library& m) {
   m.impl("rotary", EF_BOX(&rotary));
   m.impl("rotary_backward_quantize", EF_BOX(&rotary_backward_quantize));
+  m.impl("rms_norm_rotary", EF_BOX(&rms_norm_rotary));
+  m.impl("rms_norm_rotary_backward", EF_BOX(&rms_norm_rotary_backward));
 }
 
 }  // namespace

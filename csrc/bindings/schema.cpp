@@ -63,6 +63,12 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "rotary_backward_quantize(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool columns=True, bool bias=False) -> (Tensor "
       "codes, Tensor scales, Tensor col_codes, Tensor col_scales, Tensor dbias)");
+  m.def(
+      "rms_norm_rotary(Tensor x, Tensor weight, float eps, Tensor cos, Tensor sin, bool training) -> (Tensor y, Tensor x_codes, Tensor "
+      "x_scales, Tensor rstd)");
+  m.def(
+      "rms_norm_rotary_backward(Tensor dy, Tensor x_codes, Tensor x_scales, Tensor rstd, Tensor weight, Tensor cos, Tensor sin) -> "
+      "(Tensor dx, Tensor dweight)");
 
   // attention: packed sequences, and a cache in pages
   m.def(

@@ -53,7 +53,8 @@ inline int64_t training_workspace(int64_t rows, int64_t cols) {
   return training_counts(rows) + (rows + 127) / 128 * 128 * ((cols + 127) / 128);
 }
 
-// dy, residual_grad and dx are [rows, cols] contiguous in `dtype`; s comes as x in `dtype` or, when x is null, as codes.
+// dy, residual_grad and dx are [rows, cols] contiguous in `dtype`; s comes as x in `dtype` or, when x is null, as codes. On the CPU dx may
+// be dy.
 struct RmsNormBackward {
   const void* dy;
   const void* x;
@@ -88,5 +89,6 @@ void rms_norm_backward_cpu(const RmsNormBackward& op);
 constexpr int64_t kMaxNormCols = 16384;
 void rms_norm_sm90(const RmsNorm& op, void* stream);
 void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream);
+void fold_dweight_sm90(const float* partials, int64_t rows, int64_t cols, float* dweight, void* stream);
 
 }  // namespace eightfold::quant

@@ -274,8 +274,11 @@ void rms_norm_backward_sm90(const RmsNormBackward& op, void* stream_pointer) {
     else
       op.x ? backward_typed<float, float>(op, stream) : backward_typed<float, uint8_t>(op, stream);
   }
-  const int64_t runs = backward_runs(op.rows, op.cols);
-  fold_runs({op.partials, 1, 0, runs, op.cols, op.cols}, StoreSums{op.dweight}, stream);
+  fold_dweight_sm90(op.partials, op.rows, op.cols, op.dweight, stream);
+}
+
+void fold_dweight_sm90(const float* partials, int64_t rows, int64_t cols, float* dweight, void* stream) {
+  fold_runs({partials, 1, 0, backward_runs(rows, cols), cols, cols}, StoreSums{dweight}, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace eightfold::quant

@@ -5,16 +5,16 @@
 
 #include "core/dependent_launch.cuh"
 #include "quant/norm.h"
+#include "quant/norm_short.cuh"
 #include "quant/norm_short.h"
 #include "quant/row_cast.cuh"
-#include "quant/row_sum.cuh"
 
 namespace eightfold::quant {
 namespace {
 
 using T = __nv_bfloat16;
 
-constexpr int kLanes = kTile / 8, kThreads = 128, kRowsAtOnce = 4;  // rows at once: of 16 lanes
+constexpr int kLanes = kShortLanes, kThreads = 128, kRowsAtOnce = 4;  // rows at once: of 16 lanes
 constexpr int kRowsOfBlock = kThreads / kLanes * kRowsAtOnce;
 
 __global__ void __launch_bounds__(kThreads) norm_short_rows_kernel(const RmsNorm op) {
@@ -62,11 +62,7 @@ struct Saved<uint8_t> {
     codes = load_codes8<true>(op.x_codes.codes + row * op.cols + col, count);
     scale = count > 0 ? __ldg(op.x_codes.scales + row) : 0.0f;
   }
-  __device__ __forceinline__ void decode(float (&out)[8]) const {
-    decode4(codes.x, out), decode4(codes.y, out + 4);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) out[j] = __fmul_rn(out[j], scale);
-  }
+  __device__ __forceinline__ void decode(float (&out)[8]) const { decode_octet(codes, scale, out); }
 };
 
 // 16 lanes take a run of rows one after the other, asked for kRowsAtOnce at a time.
@@ -94,24 +90,10 @@ __global__ void __launch_bounds__(kThreads, 5) norm_short_backward_kernel(const 
 #pragma unroll
     for (int i = 0; i < kRowsAtOnce; ++i) {
       const bool exists = first + i < end;
-      float value[8], dot = 0.0f;
+      float value[8];
       s[i].decode(value);
-#pragma unroll
-      for (int j = 0; j < 8; ++j) {
-        const float xhat = __fmul_rn(value[j], rstd[i]);
-        if (exists) dweight[j] = fmaf(dy[i].value(j), xhat, dweight[j]);
-        dot = fmaf(__fmul_rn(dy[i].value(j), weight[j]), xhat, dot);
-        value[j] = xhat;
-      }
-#pragma unroll
-      for (int mask = kLanes / 2; mask > 0; mask /= 2) add_across(dot, mask);
+      const Octet<T> dx = short_row_gradient(dy[i], value, rstd[i], weight, dweight, cols, exists);
       if (!exists || count <= 0) continue;
-      const float mean = __fdiv_rn(dot, static_cast<float>(cols));
-      float v[8];
-#pragma unroll
-      for (int j = 0; j < 8; ++j) v[j] = __fmul_rn(rstd[i], fmaf(-value[j], mean, __fmul_rn(dy[i].value(j), weight[j])));
-      Octet<T> dx;
-      dx.set(v);
       store_octet_whole(static_cast<T*>(op.dx) + (first + i) * cols + 8 * lane, dx);
     }
   }

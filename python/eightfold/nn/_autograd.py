@@ -80,6 +80,22 @@ class RMSNorm(torch.autograd.Function):
         return dx.view(dy.shape), dweight.to(weight.dtype), None
 
 
+class RMSNormRotary(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, eps, cos, sin):
+        y, codes, scales, rstd = ops.rms_norm_rotary(x, weight, eps, cos, sin, True)
+        ctx.save_for_backward(weight, codes, scales, rstd, cos, sin)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        weight, codes, scales, rstd, cos, sin = ctx.saved_tensors
+        dy = dy if dy.stride(-1) == 1 else dy.contiguous()
+        dx, dweight = ops.rms_norm_rotary_backward(dy, codes, scales, rstd, weight, cos, sin)
+        return dx, dweight.to(weight.dtype), None, None, None
+
+
 class NormLinears(torch.autograd.Function):
     """With tables (cos, sin), the three layers are those before attention: their outputs are heads of ``head_dim``,
     [batch, tokens, heads, dim], the first two rotated."""

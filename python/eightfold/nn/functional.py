@@ -11,6 +11,7 @@ What is saved for the backward pass, with U = tokens * hidden * 2 bytes (scales 
     fp8_swiglu_mlp        column codes of the input, row codes of gate and up (h is recomputed): 0.5 U + intermediate
     fp8_norm_swiglu_mlp   as fp8_norm_linears and fp8_swiglu_mlp together: 1 U + intermediate
     fp8_rms_norm          row codes of the input, rstd: 0.5 U
+    fp8_rms_norm_rotary   as fp8_rms_norm, and the tables by reference
 
 ``add_to_grad=True`` is for `backward` over several micro-batches: a weight's gradient is added to its `.grad` inside
 the product that makes it and rounded once, wherever there is such a sum already that autograd would only add to (a
@@ -83,6 +84,22 @@ def fp8_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _needs_grad(x, weight):
         return a.RMSNorm.apply(x, weight, eps)
     return ops.rms_norm(p.flat(x), weight, eps, False)[0].view(x.shape)
+
+
+def fp8_rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, tables: tuple[Tensor, Tensor]) -> Tensor:
+    """``rotary`` of ``fp8_rms_norm`` of each head, with the bits of the two in sequence, forward and backward.
+
+    x [batch, tokens, heads, dim], dim contiguous; weight [dim]; tables: cos and sin as ``eightfold.ops.rotary`` takes
+    them.
+    """
+    name = "fp8_rms_norm_rotary"
+    x = _activation(name, x)
+    if x.dim() != 4:
+        raise ValueError(f"{name}: x must be [batch, tokens, heads, dim], got {list(x.shape)}")
+    _check_norm(name, weight, x.shape[-1])
+    if _needs_grad(x, weight):
+        return a.RMSNormRotary.apply(x, weight, eps, *tables)
+    return ops.rms_norm_rotary(x, weight, eps, *tables, False)[0]
 
 
 def fp8_norm_linears(

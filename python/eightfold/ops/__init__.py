@@ -41,7 +41,7 @@ from eightfold.ops.quant import (
     transpose,
 )
 from eightfold.ops.rope_cache import kv_round, rope_cache_write
-from eightfold.ops.rotary import rotary, rotary_backward_quantize
+from eightfold.ops.rotary import rms_norm_rotary, rms_norm_rotary_backward, rotary, rotary_backward_quantize
 from eightfold.ops.sampling import sample
 
 build_info = _library.build_info
@@ -89,6 +89,8 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",
+    "rms_norm_rotary",
+    "rms_norm_rotary_backward",
     "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",

@@ -47,7 +47,12 @@ from eightfold.reference.quant import (
     transpose_codes,
 )
 from eightfold.reference.rope_cache import kv_round, rope_cache_write
-from eightfold.reference.rotary import rotary, rotary_backward_quantize
+from eightfold.reference.rotary import (
+    rms_norm_rotary,
+    rms_norm_rotary_backward,
+    rotary,
+    rotary_backward_quantize,
+)
 from eightfold.reference.sampling import sample
 
 __all__ = [
@@ -90,6 +95,8 @@ __all__ = [
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",
+    "rms_norm_rotary",
+    "rms_norm_rotary_backward",
     "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from eightfold.reference.norm import rms_norm, rms_norm_backward
 from eightfold.reference.quant import quantize_beside
 
 
@@ -29,3 +30,22 @@ def rotary_backward_quantize(
     parts = [part.reshape(part.shape[0] * part.shape[1], part.shape[2] * part.shape[3]) for part in parts]
     dbias = torch.cat(parts, 1).double().sum(0).float() if bias else dq.new_empty(0, dtype=torch.float32)
     return *quantize_beside(parts, columns), dbias
+
+
+def rms_norm_rotary(
+    x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor, training: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, x_codes, x_scales, rstd): ``rms_norm`` of each head of ``x`` [batch, tokens, heads, dim], a row of [batch *
+    tokens * heads, dim], and ``rotary`` of its result, which is rounded between the two.
+    """
+    y, *saved = rms_norm(x.flatten(0, 2), weight, eps, training)
+    return rotary(y.view(x.shape), cos, sin), *saved
+
+
+def rms_norm_rotary_backward(
+    dy: Tensor, x_codes: Tensor, x_scales: Tensor, rstd: Tensor, weight: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(dx as dy, dweight in float32): ``rms_norm_backward`` of dy rotated back, which is rounded between the two."""
+    rows = rotary(dy, cos, sin, inverse=True).reshape(x_codes.shape)
+    dx, dweight = rms_norm_backward(rows, x_codes, x_scales, rstd, weight, None)
+    return dx.view(dy.shape), dweight
