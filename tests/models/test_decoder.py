@@ -1,4 +1,5 @@
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from eightfold.models import Decoder, DecoderConfig, load_decoder
 from eightfold.models.attention import Whole
 from eightfold.models.decoder import DecoderLayer
 from eightfold.models.precision import FP32, KeptWeights
+from eightfold.ops import rotary
 
 TINY = DecoderConfig("llama", 320, 64, 160, 2, 4, 2, 16)
 
@@ -351,3 +353,27 @@ def test_stacked_weights_follow_the_parameters():
     assert torch.equal(weight, torch.cat([layer.weight for layer in layers]).bfloat16())
     assert torch.equal(bias, torch.cat([layer.bias for layer in layers]).bfloat16())
     assert kept.stacked([torch.nn.Linear(8, 4, bias=False)] * 2, "bias") is None
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3"])
+def test_norms_of_heads_and_their_rotation_are_one_op(model_type, device, monkeypatch):
+    """In FP8, both ways and only where there are such norms, with the bits of the ops in sequence."""
+    torch.manual_seed(3)
+    config = DecoderConfig(model_type, 320, 128, 256, 2, 3, 1, 128, initializer_range=0.2)
+    model = Decoder(config, precision="fp8").to(device)
+    ids, starts = tokens(1, 66, device)[0], torch.tensor([0, 33, 66], dtype=torch.int32, device=device)
+
+    def run():
+        hidden = model.packed_hidden(ids, starts, 33)
+        return [hidden, *torch.autograd.grad(hidden.float().square().sum(), list(model.model.parameters()))]
+
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        ours = run()
+    counts = Counter(event.name.removeprefix("eightfold::") for event in profile.events())
+    each = 4 if model_type == "qwen3" else 0  # q and k of two layers
+    assert counts["rms_norm_rotary"] == counts["rms_norm_rotary_backward"] == each
+    assert counts["rotary"] == 4 - each
+    monkeypatch.setattr(
+        model.compute, "norm_rotary", lambda x, norm, tables: rotary(model.compute.norm(x, norm), *tables)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(run(), ours, strict=True))

@@ -22,7 +22,7 @@ from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
 from eightfold.models.rotary import inverse_frequencies, rotary_tables
-from eightfold.ops import kv_round, rotary
+from eightfold.ops import kv_round
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache"]
 
@@ -82,8 +82,8 @@ class DecoderLayer(nn.Module):
         else:
             stream, qkv = self.compute.norm_linears(branch, norm, projections, stream)
             q, k, v = (x.unflatten(-1, (-1, attn.head_dim)) for x in qkv)
-            q, k = self.compute.norm(q, attn.q_norm), self.compute.norm(k, attn.k_norm)
-            q, k = rotary(q, *tables), rotary(k, *tables)
+            norm_rotary = self.compute.norm_rotary
+            q, k = norm_rotary(q, attn.q_norm, tables), norm_rotary(k, attn.k_norm, tables)
         if self.compute.fp8_cache:
             k, v = (kv_round(x.flatten(0, 1)).view(x.shape) for x in (k, v))
         mixed = self.compute.attention_output(attend(self.index, q, k, v), attn.o_proj)

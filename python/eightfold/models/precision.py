@@ -154,6 +154,12 @@ class FP32:
     def norm(self, x: torch.Tensor, norm: nn.Module) -> torch.Tensor:
         return _RMSNorm.apply(x, norm.weight, norm.eps)
 
+    def norm_rotary(self, x: torch.Tensor, norm: nn.Module, tables) -> torch.Tensor:
+        """Heads [B, T, heads, head_dim], each normalised, then rotated by the tables cos and sin."""
+        if self.kernels_on(x.device):
+            return fused.fp8_rms_norm_rotary(x, norm.weight, norm.eps, tables)
+        return rotary(self.norm(x, norm), *tables)
+
     def add_norm(self, x, norm, residual=None) -> tuple[torch.Tensor, torch.Tensor]:
         """(stream, its norm), stream = x + residual."""
         if residual is None or torch.is_grad_enabled() or not self.kernels_on(x.device):
