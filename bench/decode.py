@@ -1,9 +1,9 @@
 """The decoding step of a rollout: a token of each sequence of a Qwen3-8B-shaped model, drawn with its log-probability.
 
 Ours is generate.decoding.DecodeStep, a CUDA graph, in FP8 (head and cache in bf16, or all in FP8) and in bf16; the peer
-is the same step in plain torch, its layers under torch.compile, captured in a CUDA graph too. Floor: the bytes of
-weights, of the head and of keys and values, once. Checked first: log-probabilities of a rollout against the training
-pass's.
+is the same step in plain torch, its layers under torch.compile, captured in a CUDA graph too. Timed are a few steps in
+a row. Floor: the bytes of weights, of the head and of keys and values, once. Checked first: log-probabilities of a
+rollout against the training pass's.
 """
 
 from contextlib import contextmanager
@@ -29,8 +29,9 @@ from .plain import rotate
 QWEN3_8B = DecoderConfig("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, max_position_embeddings=40960)
 SMALL = DecoderConfig("qwen3", 512, 128, 256, 2, 2, 1, 64)
 SHAPES, CPU_SHAPES = ((1, 1024), (32, 1024), (64, 1024), (64, 2048)), ((2, 40),)
-QUEUE_CYCLES = 2_000_000  # 1 ms: more than the host takes to ask for a step, which it does while the one before runs
-PAGE, AHEAD = 64, 400  # tokens of a page; tokens drawn while the clock runs, at most
+QUEUE_CYCLES = 2_000_000  # 1 ms: more than the host takes to ask for STEPS, which it does while those before run
+PAGE, ROOM = 64, 400  # tokens of a page; tokens that a sequence has room for beyond its first
+STEPS = 4  # timed at once, as generation takes them: one on the heels of another
 
 
 def run(bench: Bench) -> None:
@@ -43,16 +44,20 @@ def run(bench: Bench) -> None:
     for batch, context in SHAPES if cuda else CPU_SHAPES:
         peer = _peer(model, batch, context)
         for name, decoder in models.items():
-            with _step(decoder, batch, context, cuda) as step:
+            drawn = STEPS * (bench.rounds + 2)  # while the clock runs: half of them from less than `context` on
+            with _step(decoder, batch, context - drawn // 2, cuda) as step:
                 bench.add(
                     Case(
                         f"decode {name}",
                         f"batch {batch}, context {context}",
-                        ours=step.launch,
+                        ours=lambda step=step: _times(step.launch, STEPS),
                         error=lambda decoder=decoder: _mismatch(decoder),
                         tolerance=0.0 if decoder.precision == "fp8" else 0.5,
                         bytes=step_bytes(decoder, batch, context),
-                        peers={"torch bf16 compiled": peer} if decoder.precision == "bf16" else {},
+                        peers={"torch bf16 compiled": lambda peer=peer: _times(peer, STEPS)}
+                        if decoder.precision == "bf16"
+                        else {},
+                        calls=STEPS,
                         graph=False,
                         queue_cycles=QUEUE_CYCLES,
                     )
@@ -60,6 +65,11 @@ def run(bench: Bench) -> None:
                 if bench.kernels and cuda:
                     print(KernelTimes(step.launch).table(bench.kernels))
         del peer
+
+
+def _times(launch, count: int) -> None:
+    for _ in range(count):
+        launch()
 
 
 def random_decoder(config: DecoderConfig, device: torch.device, **options) -> Decoder:
@@ -87,7 +97,7 @@ def step_bytes(decoder: Decoder, batch: int, context: int) -> int:
 @contextmanager
 def _step(decoder: Decoder, batch: int, context: int, graphs: bool):
     """A step whose sequences have `context` tokens in pages that lie anywhere."""
-    pages = -(-(context + AHEAD) // PAGE)
+    pages = -(-(context + ROOM) // PAGE)
     cache = PagedCache(decoder.config, batch * pages, PAGE, decoder.compute.cache_dtype, decoder.device)
     order = torch.randperm(batch * pages).tolist()
     with torch.inference_mode(), decoder.compute.constant_weights(KeptWeights(torch.bfloat16)):

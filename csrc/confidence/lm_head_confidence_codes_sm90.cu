@@ -16,7 +16,6 @@ Fp8GemmSmallPlan plan_of(const Fp8GemmArgs& product, int64_t tiles, int sm_count
   plan.teams = (plan.rows + 63) / 64;
   plan.tiles = tiles;
   plan.grid = static_cast<int>(std::min<int64_t>(tiles, sm_count / plan.halves)) * plan.halves;
-  plan.stages = fp8_gemm_small_stages(plan, product.n, product.k);
   return plan;
 }
 

@@ -59,6 +59,7 @@ struct KernelArgs {
   uint32_t rows;         // of a in a stage
   uint32_t stages;
   uint32_t settled;         // b may be read while the kernels ahead run
+  uint32_t ahead_clocks;    // then from one stage to the next
   uint32_t ahead_bytes;     // of each row of the first tile of b, asked for before the kernels ahead have ended
   uint32_t scale_bytes[2];  // of a's scales for 128 of K, in each half
   int32_t scale_rows;       // of b_scales
@@ -118,7 +119,7 @@ __device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& ar
     const CodesOfB<C> b(maps, args, part, row);
     for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, ++stage) {
       if (stage == args.stages) return;
-      while (clock64() - begin < stage * (C::kBBytes / kFp8GemmSmallAheadRate)) {
+      while (clock64() - begin < stage * args.ahead_clocks) {
       }
       barrier_arrive_expect(full + 8 * stage, b.bytes);
       b.load(args, shared, stage, full + 8 * stage, k);
@@ -374,8 +375,9 @@ void launch_fp8_gemm_small(const Fp8GemmArgs& args, const Epilogue& epilogue, co
   kernel_args.steps = static_cast<int32_t>((args.k + kStepK - 1) / kStepK);
   kernel_args.halves = static_cast<uint32_t>(plan.halves);
   kernel_args.rows = static_cast<uint32_t>(plan.rows);
-  kernel_args.stages = static_cast<uint32_t>(plan.stages);
   kernel_args.settled = args.settled && kernel_args.steps >= C::kLeastSteps ? 1 : 0;
+  kernel_args.stages = static_cast<uint32_t>(fp8_gemm_small_stages(plan, args.n, args.k, kernel_args.settled));
+  kernel_args.ahead_clocks = static_cast<uint32_t>(C::kBBytes / fp8_gemm_small_ahead_rate(plan.rows));
   kernel_args.ahead_bytes =
       static_cast<uint32_t>(std::min<int64_t>(kFp8GemmSmallAhead / C::kTileN / 128 * 128, args.k / plan.halves / 16 * 16));
   const int64_t block_rows = plan.halves == 2 ? C::kRows : std::max<int64_t>(args.m, 1);

@@ -15,8 +15,8 @@ constexpr int kFp8GemmSmallStages = 24;                              // at most
 constexpr int kFp8GemmSmallShared = 231424;                          // bytes, all of a multiprocessor's
 // Bytes of b's codes that a block asks the L2 cache for while it waits for the kernels ahead.
 constexpr int kFp8GemmSmallAhead = 32768;
-// Where b is settled, bytes of its codes a clock that a block asks for meanwhile: somewhat more than its share of device memory.
-constexpr int kFp8GemmSmallAheadRate = 16;
+// Where b is settled, bytes of its codes a clock that a block asks for meanwhile: its share of device memory, or somewhat more.
+constexpr int fp8_gemm_small_ahead_rate(int rows) { return rows == 8 ? 13 : 16; }
 
 struct Fp8GemmSmallPlan {
   int width;      // one of kFp8GemmSmallWidths
@@ -25,14 +25,14 @@ struct Fp8GemmSmallPlan {
   int rows;       // of a that a block loads
   int64_t tiles;  // of b, counted as if all blocks had as many as the one with most
   int grid;       // blocks: halves for each part of b's rows
-  int stages;     // of the ring
 };
 
 constexpr bool fp8_gemm_small_takes(int64_t m, int b_group_rows) { return m <= kFp8GemmSmallRows && b_group_rows == 128; }
 
-// More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair.
-inline int fp8_gemm_small_stages(const Fp8GemmSmallPlan& plan, int64_t n, int64_t k) {
-  const int under_way = n * k < int64_t{64} << 20 ? 64 * 1024 : 80 * 1024;
+// More codes of b under way than this do not come faster: the queues they wait in are shared, and unfair. Of very few rows the kernels
+// ahead take long beside the product, so that more are there when it starts.
+inline int fp8_gemm_small_stages(const Fp8GemmSmallPlan& plan, int64_t n, int64_t k, bool settled) {
+  const int under_way = (settled && plan.rows == 8 ? 96 : n * k < int64_t{64} << 20 ? 64 : 80) * 1024;
   const int stage_bytes = (plan.rows + plan.width) * 128 + plan.teams * 256;
   return std::min({kFp8GemmSmallStages, (kFp8GemmSmallShared - 1024) / stage_bytes, std::max(6, under_way / (plan.width * 128))});
 }
@@ -61,7 +61,6 @@ inline Fp8GemmSmallPlan fp8_gemm_small_plan_now(int64_t m, int64_t n, int64_t k,
       best.grid = static_cast<int>(parts * halves);
     }
   }
-  best.stages = fp8_gemm_small_stages(best, n, k);
   return best;
 }
 
