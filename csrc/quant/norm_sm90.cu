@@ -6,8 +6,9 @@
 
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
-#include "core/tma_stream.cuh"
 #include "quant/norm.h"
+#include "quant/norm_ahead.cuh"
+#include "quant/norm_few.h"
 #include "quant/norm_short.h"
 #include "quant/norm_training.h"
 #include "quant/row_cast.cuh"
@@ -19,8 +20,7 @@ namespace {
 constexpr int kMaxQuads = kMaxNormCols / kQuadCols;
 constexpr int kRowsTogether = 4;  // rows of one warp share a block
 
-// Of eight weights: known when compiled, or asked. early: bf16, on their way with the row, whose sum few rows would else wait for first.
-enum class Weights { bf16, f32, either, early };
+enum class Weights { bf16, f32, either };  // known when compiled, or asked for every eight
 
 constexpr int most_threads(int quads) { return 32 * std::max(kMaxQuads / quads, kRowsTogether); }
 template <class T>
@@ -29,25 +29,13 @@ constexpr int least_blocks(int quads, bool residual, bool codes_only) {
   return 65536 / (most_threads(quads) * (codes_only ? registers : 128));
 }
 
-__device__ __forceinline__ void prefetch_bytes(const void* from, int64_t bytes) {
-  for (int64_t at = 128 * threadIdx.x; at < bytes; at += 128 * blockDim.x) prefetch_l2(static_cast<const char*>(from) + at);
-}
-
-// What the kernels ahead do not make, for the block's rows from `first` on: the weight, read once a step of decoding, and the residual,
-// since which a whole layer's keys and values may have gone through the L2 cache.
-template <class T, bool kResidual>
-__device__ __forceinline__ void ask_ahead(const RmsNorm& op, int64_t first, int64_t rows) {
-  prefetch_bytes(op.weight, op.cols * (op.weight_dtype == DType::bf16 ? 2 : 4));
-  if (kResidual) prefetch_bytes(static_cast<const T*>(op.residual) + first * op.cols, min(rows, op.rows - first) * op.cols * sizeof(T));
-}
-
 // kCodesOnly: of what a row may give, y's codes alone are wanted. Warp w of `warps` has quads w, w + warps, ... of its row.
 template <class T, int kQuads, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
-__global__ void __launch_bounds__(most_threads(kQuads), kWeights == Weights::early ? 1 : least_blocks<T>(kQuads, kResidual, kCodesOnly))
+__global__ void __launch_bounds__(most_threads(kQuads), least_blocks<T>(kQuads, kResidual, kCodesOnly))
     norm_rows_kernel(const RmsNorm op, int warps) {
   __shared__ float quad_sums[kMaxQuads];
   const int together = warps == 1 ? kRowsTogether : 1;
-  if (op.rows <= kFewRows) ask_ahead<T, kResidual>(op, static_cast<int64_t>(blockIdx.x) * together, together);
+  if (op.rows <= kFewRows) ask_ahead<T>(op, static_cast<int64_t>(blockIdx.x) * together, together);
   begin_rows(op.rows);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, member = warps == 1 ? 0 : warp;
   const int64_t row = warps == 1 ? static_cast<int64_t>(blockIdx.x) * kRowsTogether + warp : blockIdx.x;
@@ -56,14 +44,6 @@ __global__ void __launch_bounds__(most_threads(kQuads), kWeights == Weights::ear
   const T* x = static_cast<const T*>(op.x) + row * op.cols;
   auto col_of = [&](int quad) { return (quad * warps + member) * kQuadCols + lane * 8; };
 
-  Octet<__nv_bfloat16> early[4];
-  if constexpr (kWeights == Weights::early) {
-    static_assert(kQuads == 1);
-    const __nv_bfloat16* at = static_cast<const __nv_bfloat16*>(op.weight) + col_of(0);
-#pragma unroll
-    for (int k = 0; k < 4; ++k) early[k] = load_octet<kVector, true>(at + k * kSliceCols, min(cols - col_of(0) - k * kSliceCols, 8));
-    __syncwarp();  // no load is moved behind this
-  }
   // s = x (+ residual), and rstd
   Octet<T> s[kQuads][4];
 #pragma unroll
@@ -127,12 +107,7 @@ __global__ void __launch_bounds__(most_threads(kQuads), kWeights == Weights::ear
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       float weight[8];
-      if constexpr (kWeights == Weights::early) {
-#pragma unroll
-        for (int j = 0; j < 8; ++j) weight[j] = early[k].value(j);
-      } else {
-        load_weights<kVector>(weights, bf16_weight, k * kSliceCols, min(left - k * kSliceCols, 8), weight);
-      }
+      load_weights<kVector>(weights, bf16_weight, k * kSliceCols, min(left - k * kSliceCols, 8), weight);
       y[k] = normalise_octet(unpacked_anew(s[quad][k]), rstd, weight);
     }
     if (!kCodesOnly && op.x_rows.codes) cast_row_octets(s[quad], op.x_rows, row, col, cols, kVector);
@@ -157,7 +132,7 @@ void launch_rows(const RmsNorm& op, cudaStream_t stream) {
 
 template <class T, bool kVector, bool kResidual, bool kCodesOnly, Weights kWeights>
 void launch_quads(const RmsNorm& op, cudaStream_t stream) {
-  constexpr int kMost = sizeof(T) == 4 || !kVector || kResidual || kWeights == Weights::early ? 1 : 2;
+  constexpr int kMost = sizeof(T) == 4 || !kVector || kResidual ? 1 : 2;
   const bool many = op.rows >= 16 * multiprocessors(current_device());
   if (kMost == 2 && many && op.cols > kQuadCols)
     launch_rows<T, kMost, kVector, kResidual, kCodesOnly, kWeights>(op, stream);
@@ -176,12 +151,11 @@ void rms_norm_typed(const RmsNorm& op, cudaStream_t stream) {
   const bool vector = op.cols % 8 == 0 && aligned16(op.x) && aligned16(op.residual) && aligned16(op.weight);
   if (op.y_cols.codes) return launch_norm_training(op, vector, stream);
   if (vector && is_short(op) && !op.residual) return norm_short_rows_sm90(op, stream);
+  if (vector && is_of_few_rows(op)) return norm_few_rows_sm90(op, stream);
   if (!vector) return launch_residual<T, false, false, Weights::either>(op, stream);
   const bool codes_only = op.y_rows.codes && !op.y && !op.x_rows.codes && !op.rstd;
   if (!codes_only) return launch_residual<T, true, false, Weights::either>(op, stream);
-  if (op.weight_dtype == DType::bf16 && op.rows <= kFewRows)
-    launch_residual<T, true, true, Weights::early>(op, stream);
-  else if (op.weight_dtype == DType::bf16)
+  if (op.weight_dtype == DType::bf16)
     launch_residual<T, true, true, Weights::bf16>(op, stream);
   else
     launch_residual<T, true, true, Weights::f32>(op, stream);

@@ -144,6 +144,24 @@ def test_a_row_depends_on_itself_alone(cols, device):
             same_bytes(part[i], whole[i][rows])
 
 
+@pytest.mark.parametrize("cols", [136, 256, 1000, 2176, 3584, 4096, 5120, 8192, 8200])
+def test_few_rows_give_the_bytes_of_training(cols, device):
+    x, w = data(150, cols, torch.bfloat16, device)
+    residual = torch.randn_like(x)
+    for weight in (w, w.bfloat16()):
+        total, want = add_rms_norm_quantize(x, residual, weight, EPS, training=True)
+        alone = ops.rms_norm_quantize(x, weight, EPS, True)[:2]
+        for m in (1, 2, 31, 128, 129):
+            part, casts = add_rms_norm_quantize(x[:m], residual[:m], weight, EPS)
+            same_bytes(part, total[:m])
+            same_bytes(casts.rows.codes, want.rows.codes[:m])
+            same_bytes(casts.rows.scales, want.rows.scales[:m])
+            for got, rows in zip(ops.rms_norm_quantize(x[:m], weight, EPS, False)[:2], alone, strict=True):
+                same_bytes(got, rows[:m])
+            same_bytes(rms_norm(x[:m], weight, EPS), ops.rms_norm(x, weight, EPS, True)[0][:m])
+            same_bytes(add_rms_norm(x[:m], residual[:m], weight, EPS)[1], rms_norm(part, weight, EPS))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_memory_gives_the_same_bytes(dtype, device):
     x, w = data(40, 512, dtype, device)
