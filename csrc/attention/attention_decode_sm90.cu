@@ -6,8 +6,6 @@
 //   math      the tiles of a chunk as in the kernel of many queries (attention_tile.cuh). What the unit has folded so far waits in the
 //             block's slot, which stays in the L2 cache: a chunk's reads hide it. A sequence of one span is finished there,
 //   fold      the parts of others by a second kernel, in order
-//   team      where there are few units, a sequence's chunks are a cluster's: each block has one, the first reads the others' out of their
-//             shared memory and folds them, so that there is no second kernel
 //   start     where all but the newest rows is settled, units are planned and the ring is filled while the kernel ahead, which makes those
 //             rows, still runs. Kernels before it may run as well, each having started early, but none of before the last kernel that
 //             did not: and that one came after all that is read early (PagedAttention::settled). Writes, and newest rows, wait
@@ -22,23 +20,24 @@
 
 #include <algorithm>
 
-#include "attention/attention_fold.cuh"
 #include "attention/attention_maps.h"
 #include "attention/attention_paged.h"
 #include "attention/attention_pages.cuh"
 #include "attention/attention_units.cuh"
 #include "core/barrier.cuh"
-#include "core/cluster.cuh"
 #include "core/dependent_launch.cuh"
 #include "core/device.h"
 #include "core/launch.cuh"
 #include "core/memory.cuh"
 #include "core/tma_stream.cuh"
+#include "quant/row_cast.cuh"
 
 namespace eightfold {
 namespace {
 
 using namespace attention;
+
+constexpr int kCodesDim = quant::kTile;  // of a head that is a group of codes
 
 template <int kDim, class Pages>
 struct Config {
@@ -73,7 +72,7 @@ __device__ __forceinline__ void produce(const PagedArgs& args, const Pages& page
   };
   RingPosition<C::kStages> at;
   bool waits = args.settled;
-  for (int32_t index = plan.first_unit; index < plan.units; index += gridDim.x) {
+  for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     share.head = unit.head;
     const int32_t first = unit.chunk * kTilesOfChunk, end = unit.end_tile();
@@ -178,43 +177,6 @@ __device__ __forceinline__ void store_result(const PagedArgs& args, const Unit& 
   }
 }
 
-// What a lane has of its first row, four numbers at a time: visit(index, four floats to write or to read).
-template <int kDim, class Visit>
-__device__ __forceinline__ void visit_first_row(Rows<kDim>& rows, const Visit& visit) {
-#pragma unroll
-  for (int i = 0; i < kDim / 16; ++i) visit(i, rows.out[8 * i], rows.out[8 * i + 1], rows.out[8 * i + 4], rows.out[8 * i + 5]);
-  visit(kDim / 16, rows.top[0], rows.top[1], rows.sum[0], rows.sum[1]);
-}
-
-// A chunk each of a sequence's, from the first on, the blocks of a cluster have in `rows`: 8 at most. The first block folds and stores.
-// Nobody reads tiles any more.
-template <int kDim>
-__device__ __forceinline__ void finish_in_team(const PagedArgs& args, uint32_t shared, const Unit& unit, int32_t place, Rows<kDim>& rows) {
-  constexpr int kApart = 32 * 16;
-  const int32_t rank = static_cast<int32_t>(blockIdx.x) % args.team;
-  const bool first_warp = threadIdx.x < 32;  // it has the rows
-  const uint32_t own = shared + threadIdx.x * 16;
-  if (first_warp && rank > 0 && rank < unit.chunks)
-    visit_first_row<kDim>(rows,
-                          [&](int i, float a, float b, float c, float d) { store_shared(own + i * kApart, make_float4(a, b, c, d)); });
-  cluster_meet_to_read();
-  if (first_warp && rank == 0) {
-#pragma unroll 1
-    for (int32_t chunk = 1; chunk < unit.chunks; ++chunk) {
-      const uint32_t theirs = cluster_address(own, chunk);
-      Rows<kDim> other;
-      other.clear();
-      visit_first_row<kDim>(other, [&](int i, float& a, float& b, float& c, float& d) {
-        const float4 four = load_cluster_floats(theirs + i * kApart);
-        a = four.x, b = four.y, c = four.z, d = four.w;
-      });
-      fold_chunk<kDim>(rows, other);
-    }
-    store_result<kDim>(args, unit, place, rows);
-  }
-  cluster_meet_to_read();  // a block whose shared memory is read stays
-}
-
 // kExist: of a lane's two rows; 1 where a unit has 8 rows at most, which are the first warp's.
 // `kept_unit`: in shared memory, where a unit waits for the end of its chunks: the tiles want the registers. Each block waits here for the
 // kernels ahead, once its first unit is known.
@@ -245,10 +207,10 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
   auto done = [&] {
     if constexpr (!Pages::kCodes) release();
   };
-  for (int32_t index = plan.first_unit; index < plan.units; index += gridDim.x) {
+  for (int32_t index = blockIdx.x; index < plan.units; index += gridDim.x) {
     const Unit unit(args, plan, index);
     if (threadIdx.x == 0) *kept_unit = unit;  // seen by all once the queries are placed
-    if (index == plan.first_unit) wait_for_earlier_kernels();
+    if (index == blockIdx.x) wait_for_earlier_kernels();
     place_queries<kDim>(shared, 1, [&](int32_t place) -> const __nv_bfloat16* {  // row = query * group + head of the group
       const int32_t row = unit.first + place;
       if (place >= unit.rows) return nullptr;
@@ -281,7 +243,6 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
       if (!ends && (tile + 1) % kTilesOfChunk != 0) continue;
       const int32_t chunk = tile / kTilesOfChunk;
       end_chunk<kDim>(rows);
-      if (kExist == 1 && args.team > 1) break;  // the block's only one
       const Unit& unit = *kept_unit;
       if (unit.folds() && chunk > 0) fold_into<kDim>(args.slots, own_slot, place, unit.rows, rows);
       if (ends && unit.finishes())
@@ -291,7 +252,6 @@ __device__ __forceinline__ void multiply(const PagedArgs& args, uint32_t shared,
       rows.clear();
     }
     warpgroup_meet(1);  // before the next unit, and its queries, take their place
-    if (kExist == 1 && args.team > 1) finish_in_team<kDim>(args, shared, *kept_unit, place, rows);
   }
   wait_for_earlier_kernels();  // blocks without a unit, too
   if (blockIdx.x == 0 && threadIdx.x == 0) *args.slots.span = plan.folds ? plan.span : 0;
@@ -321,6 +281,96 @@ __global__ void __launch_bounds__(Config<kDim, Pages>::kThreads, Config<kDim, Pa
   multiply<kDim, kExist, Pages>(args, shared, plan, reinterpret_cast<Unit*>(memory + C::kUnit));
 }
 
+// What a thread has of a row: a column.
+struct Folded {
+  float top = kNothing, sum = 0.0f, out = 0.0f;
+
+  // Parts `step` rows of slots apart, all on their way at once; those from `count` on change nothing. A lane has the factors of a part:
+  // they are those of fold_of() in turn, as a maximum knows no order.
+  template <int kAhead, int kDim>
+  __device__ __forceinline__ void take(const Slots& slots, int64_t at, int64_t step, int32_t count) {
+    const int32_t lane = threadIdx.x % 32;
+    const bool mine = lane < min(count, kAhead);
+    const float own = mine ? slots.top[at + lane * step] : kNothing, own_sum = mine ? slots.sum[at + lane * step] : 0.0f;
+    const float* from = slots.out + at * kDim + threadIdx.x;
+    float outs[kAhead];
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c, from += step * kDim) outs[c] = c < count ? *from : -0.0f;
+    float most = own;
+#pragma unroll
+    for (int by = 1; by < kAhead; by *= 2) {
+      const float before = __shfl_up_sync(0xFFFFFFFFu, most, by);
+      if (lane >= by) most = fmaxf(most, before);
+    }
+    most = fmaxf(most, top);
+    const float before = __shfl_up_sync(0xFFFFFFFFu, most, 1);
+    const float all = ex2_approx((lane == 0 ? top : before) - most), part = ex2_approx(own - most), added = __fmul_rn(own_sum, part);
+#pragma unroll
+    for (int c = 0; c < kAhead; ++c) {
+      const float scale = __shfl_sync(0xFFFFFFFFu, all, c);
+      sum = __fmaf_rn(sum, scale, __shfl_sync(0xFFFFFFFFu, added, c));
+      out = __fmaf_rn(out, scale, __fmul_rn(outs[c], __shfl_sync(0xFFFFFFFFu, part, c)));
+    }
+    top = __shfl_sync(0xFFFFFFFFu, most, kAhead - 1);
+  }
+};
+
+// A block's row, of which a thread has one column, as codes: cast as anywhere, once the first warp has it.
+__device__ __forceinline__ void store_codes(const PagedArgs& args, int64_t token, int32_t head, __nv_bfloat16 result) {
+  __shared__ __align__(16) __nv_bfloat16 row[kCodesDim];
+  row[threadIdx.x] = result;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const int count = threadIdx.x < kCodesDim / 8 ? 8 : 0;
+    const Octet<__nv_bfloat16> x = count > 0 ? load_shared(row + 8 * threadIdx.x) : Octet<__nv_bfloat16>{};
+    const int64_t cols = static_cast<int64_t>(args.kv_heads) * args.group * kCodesDim;
+    quant::cast_row_octet(x, args.codes, token, static_cast<int64_t>(head) * kCodesDim + 8 * threadIdx.x, cols, count, true);
+  }
+  __syncthreads();  // before the next row
+}
+
+// A block takes rows, a thread a column.
+template <int kDim>
+__global__ void __launch_bounds__(kDim) paged_fold_kernel(const __grid_constant__ PagedArgs args) {
+  let_next_kernel_start();
+  constexpr int kFew = 8, kMany = 32;
+  const int64_t rows = static_cast<int64_t>(args.sequences) * args.kv_heads * args.slots.rows;
+  const int32_t rows_of_sequence = args.kv_heads * args.slots.rows;
+  if (!args.settled) wait_for_earlier_kernels();
+  Sequence sequence(args, static_cast<int32_t>(blockIdx.x) / rows_of_sequence);
+  const bool few = args.sequences <= kFewSequences;
+  int32_t span = 0;
+  if (few) span = span_of(args, __reduce_add_sync(0xFFFFFFFFu, sequence_of_lane(args).chunks));
+  wait_for_earlier_kernels();
+  if (!few) span = *args.slots.span;
+  if (span == 0) return;
+  for (int64_t index = blockIdx.x; index < rows; index += gridDim.x) {
+    const int32_t row = static_cast<int32_t>(index % args.slots.rows), of = static_cast<int32_t>(index / args.slots.rows);
+    const int32_t head = of % args.kv_heads, query = row / args.group;
+    if (index != blockIdx.x) sequence = Sequence(args, of / args.kv_heads);
+    if (sequence.chunks <= span || query >= sequence.queries) continue;
+    const int64_t step = static_cast<int64_t>(args.kv_heads) * args.slots.rows;
+    int64_t at = (static_cast<int64_t>(of / args.kv_heads) * args.most_chunks + span - 1) * step + head * args.slots.rows + row;
+    Folded folded;
+    for (int32_t left = sequence.chunks - span + 1; left > 0;) {
+      if (left > kFew) {
+        folded.take<kMany, kDim>(args.slots, at, step, left);
+        at += kMany * step, left -= kMany;
+      } else {
+        folded.take<kFew, kDim>(args.slots, at, step, left);
+        left = 0;
+      }
+    }
+    const int64_t token = static_cast<int64_t>(sequence.row) + query;
+    const int32_t query_head = head * args.group + row % args.group;
+    const __nv_bfloat16 result = __float2bfloat16_rn(__fmul_rn(folded.out, reciprocal(folded.sum)));
+    if (kDim == kCodesDim && args.codes.codes)
+      store_codes(args, token, query_head, result);
+    else
+      args.out[token * args.out_token_stride + query_head * args.out_head_stride + threadIdx.x] = result;
+  }
+}
+
 int64_t most_chunks(const PagedAttention& op) { return (op.most_pages * op.page_size + kAttentionChunk - 1) / kAttentionChunk; }
 int64_t most_rows(const PagedAttention& op) { return op.longest * (op.heads / op.kv_heads); }
 bool few_queries(const PagedAttention& op) { return most_rows(op) <= kRows; }
@@ -335,23 +385,11 @@ bool whole_sequences(const PagedAttention& op) {
   return !few_queries(op) || (most_chunks(op) <= kFewChunks && 10 * op.sequences * op.kv_heads >= 9 * most_blocks());
 }
 
-constexpr int64_t kRowsOfWarp = 8;  // which leave the second of a lane's rows empty
-
-// Blocks of a cluster that share a sequence; 1: no clusters.
-int64_t team_of(const PagedAttention& op) {
-  constexpr int64_t kMostBlocks = 8;  // of a cluster
-  const int64_t chunks = most_chunks(op);
-  if (most_rows(op) > kRowsOfWarp || whole_sequences(op) || chunks > kMostBlocks) return 1;
-  return op.sequences * op.kv_heads * chunks <= most_blocks() ? chunks : 1;
-}
-
 int64_t blocks_of(const PagedAttention& op) {
   const int64_t of_head = few_queries(op) ? (whole_sequences(op) ? 1 : most_chunks(op)) : (most_rows(op) + kRows - 1) / kRows;
   return std::min(op.sequences * op.kv_heads * of_head, most_blocks());
 }
-int64_t parts_of(const PagedAttention& op) {
-  return whole_sequences(op) || team_of(op) > 1 ? 0 : op.sequences * op.kv_heads * most_chunks(op);
-}
+int64_t parts_of(const PagedAttention& op) { return whole_sequences(op) ? 0 : op.sequences * op.kv_heads * most_chunks(op); }
 int64_t rows_of_slot(const PagedAttention& op) { return std::min<int64_t>(most_rows(op), kRows); }
 int64_t rows_of_slots(const PagedAttention& op) { return (parts_of(op) + blocks_of(op)) * rows_of_slot(op); }
 
@@ -361,7 +399,7 @@ void launch(const PagedAttention& op, const Pages& pages, const PagedArgs& args,
   constexpr auto kernel = paged_decode_kernel<kDim, kExist, Pages>;
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "paged_attention: reserving shared memory (this kernel needs a Hopper GPU)");
-  launch_clusters(true, args.team, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
+  launch_kernel(true, "paged_decode_kernel", kernel, blocks_of(op), C::kThreads, C::kBytes, stream, pages, args);
   if (args.most_chunks == 1 || args.slots.parts == 0) return;
   const int64_t rows = op.sequences * op.kv_heads * args.slots.rows;
   launch_kernel(true, "paged_fold_kernel", paged_fold_kernel<kDim>, std::min<int64_t>(rows, 8 * multiprocessors(device)), kDim, 0, stream,
@@ -378,7 +416,7 @@ void launch_dim(const PagedAttention& op, const Pages& pages, const PagedArgs& a
 template <class Pages>
 void launch_rows(const PagedAttention& op, const Pages& pages, const PagedArgs& args, void* stream) {
   const auto s = static_cast<cudaStream_t>(stream);
-  if (most_rows(op) <= kRowsOfWarp) return launch_dim<1>(op, pages, args, s);
+  if (most_rows(op) <= 8) return launch_dim<1>(op, pages, args, s);
   launch_dim<2>(op, pages, args, s);
 }
 
@@ -409,7 +447,6 @@ void paged_attention_sm90(const PagedAttention& op, void* workspace, void* strea
   args.settled = op.settled;
   args.blocks = static_cast<int32_t>(blocks_of(op));
   args.whole = few_queries(op) && whole_sequences(op);
-  args.team = static_cast<int32_t>(team_of(op));
   args.factor = op.scale * 1.4426950408889634f;
   args.slots.parts = static_cast<int32_t>(parts_of(op)), args.slots.rows = static_cast<int32_t>(rows_of_slot(op));
   args.slots.out = static_cast<float*>(workspace);

@@ -36,8 +36,7 @@ struct PagedArgs {
   int32_t block;                                               // of the mask
   int32_t settled;                                             // as of PagedAttention
   int32_t whole;                                               // a unit is a sequence and a KV head
-  int32_t team;    // blocks of a cluster that have one chunk each of a sequence and a KV head; else 1
-  int32_t blocks;  // that compute units
+  int32_t blocks;                                              // that compute units
   float factor;
 };
 
@@ -83,22 +82,20 @@ __device__ __forceinline__ int32_t sum_up_to_lane(int32_t sum) {
 
 // The units of a launch. In shared memory, kInts of them: begins[i], of the sequences before i * run, and the warps' sums; of few
 // sequences, after begins, what they are. Where units are whole sequences nothing need be counted: run is 0, and a unit of a sequence that
-// asks for nothing has no tiles; of a team each block has the chunk of its rank.
+// asks for nothing has no tiles.
 template <int kThreads>
 struct Plan {
   static constexpr int kWarps = kThreads / 32, kInts = kThreads + 1 + 2 * kWarps;
   static_assert(4 * kFewSequences <= kInts);
   const int32_t* begins;
   int32_t run, span, units;
-  int32_t first_unit;  // of the block
-  bool folds;          // whether a sequence has more chunks than a span
+  bool folds;  // whether a sequence has more chunks than a span
 
   // By all threads of a block, which meet.
   __device__ __forceinline__ Plan(const PagedArgs& args, int32_t* shared) : begins(shared) {
     const int32_t thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-    first_unit = static_cast<int32_t>(blockIdx.x) / args.team;
-    if (args.whole || args.team > 1) {
-      run = 0, span = args.whole ? args.most_chunks : 1, units = args.sequences * args.kv_heads, folds = false;
+    if (args.whole) {
+      run = 0, span = args.most_chunks, units = args.sequences * args.kv_heads, folds = false;
       __syncthreads();
       return;
     }
@@ -155,7 +152,7 @@ struct Unit {
     head = index % args.kv_heads;
     int32_t at = index / args.kv_heads;
     const Sequence its = plan.run == 0 ? Sequence(args, sequence = at) : find(args, plan, at);
-    if (plan.run == 0) at = static_cast<int32_t>(blockIdx.x) % args.team;
+    if (plan.run == 0) at = 0;
     row = its.row, queries = its.queries, keys = queries > 0 ? its.keys : 0;
     const int32_t blocks = max(its.blocks(args), 1);
     first = (blocks - 1 - at % blocks) * kRows;  // those that see most come first

@@ -8,7 +8,6 @@ from eightfold.nn.functional import fp8_rms_norm, fp8_rms_norm_rotary
 from eightfold.ops import rms_norm, rms_norm_backward, rms_norm_rotary, rms_norm_rotary_backward, rotary
 from eightfold.ops.quant import quantize
 from fused_bytes import check_layout, same_bytes, same_cast
-from launches import launched
 
 ops = torch.ops.eightfold
 EPS = 1e-6
@@ -170,6 +169,14 @@ def test_function_has_the_bits_of_the_functions_in_sequence(weight_dtype, device
         fp8_rms_norm_rotary(x[0], weight, EPS, (cos, sin))
     with pytest.raises(ValueError, match=r"norm weight must be \[64\], the features of x, got \[3\]"):
         fp8_rms_norm_rotary(x, weight[:3], EPS, (cos, sin))
+
+
+def launched(call):
+    """Names of the kernels."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    return [e.name for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
 
 @pytest.mark.gpu
