@@ -108,10 +108,11 @@ struct CodesOfB {
   }
 };
 
-// Where b is settled: its codes for every stage of the ring, while the kernels ahead run; no faster than device memory gives them, as what
-// those kernels ask for waits in the same queues.
+// Where b is settled: its codes for every stage of the ring, while the kernels ahead run; until those have ended no faster than device
+// memory gives them, as what those kernels ask for waits in the same queues.
 template <class C>
-__device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full) {
+__device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& args, uint32_t shared, uint32_t full,
+                                          const volatile uint32_t& others_ended) {
   const Part part = part_of<C>(args);
   const int64_t begin = clock64();
   uint32_t stage = 0;
@@ -119,7 +120,7 @@ __device__ __forceinline__ void fill_ring(const Maps& maps, const KernelArgs& ar
     const CodesOfB<C> b(maps, args, part, row);
     for (int32_t k = 0; k < args.steps * kStepK; k += kStepK, ++stage) {
       if (stage == args.stages) return;
-      while (clock64() - begin < stage * args.ahead_clocks) {
+      while (clock64() - begin < stage * args.ahead_clocks && !others_ended) {
       }
       barrier_arrive_expect(full + 8 * stage, b.bytes);
       b.load(args, shared, stage, full + 8 * stage, k);
@@ -318,6 +319,7 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
                           const __grid_constant__ Epilogue epilogue) {
   extern __shared__ uint8_t unaligned[];
   __shared__ Barriers barriers;
+  __shared__ volatile uint32_t others_ended;  // the kernels ahead
   uint8_t* memory = unaligned + (-shared_address(unaligned) & (kAtomBytes - 1));
   const uint32_t shared = shared_address(memory), full = shared_address(barriers.full), empty = shared_address(barriers.empty);
   const uint32_t warp = warp_uniform(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -337,15 +339,17 @@ __global__ void __launch_bounds__(C::kThreads, C::kTeams == 1 ? 2 : 1)
     for (uint32_t stage = 0; stage < args.stages; ++stage) barrier_init((warp == 0 ? full : empty) + 8 * stage, arrivals);
     barrier_init_fence();
   }
+  if (threadIdx.x == 0) others_ended = 0;
   __syncthreads();
 
   const auto wanted = [&] { return epilogue.wanted(static_cast<int32_t>(C::kRows * args.half()), C::kRows, lane); };
   if (filler) {
-    if (args.settled && elect_lane()) fill_ring<C>(maps, args, shared, full);
+    if (args.settled && elect_lane()) fill_ring<C>(maps, args, shared, full, others_ended);
   } else if (producer) {
     if (args.steps == 0) return;
     if (!args.settled && args.ahead_bytes > 0 && elect_lane()) prefetch_first_codes<C>(args);
     wait_for_earlier_kernels();
+    others_ended = 1;
     if (wanted() && elect_lane()) produce<C>(maps, args, shared, full, empty);
   } else {
     wait_for_earlier_kernels();
