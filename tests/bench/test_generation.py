@@ -53,7 +53,7 @@ def test_rl_training(bench, tmp_path, capsys):
     bench.__main__.main(["rl_training", "--device", "cpu", "--results", str(tmp_path)])
     (found,) = (record["step"] for record in records(tmp_path / "cpu" / "rl_training.jsonl") if "step" in record)
     assert set(found["runs"]) == {"ours", "bf16"}
-    assert all(run["ms_a_sequence"] == run["ms"] / run["sequences"] > 0 for run in found["runs"].values())
+    assert all(run["ms"] == run["ms_a_micro_batch"] / run["sequences"] > 0 for run in found["runs"].values())
     assert "bf16 / ours: " in capsys.readouterr().out
 
 
