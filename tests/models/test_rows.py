@@ -5,6 +5,7 @@ import torch
 
 from eightfold.models import Decoder, DecoderConfig
 from eightfold.models.attention import Paged, PagedCache
+from eightfold.models.head import row_logits, token_log_probs, token_loss
 
 LENGTHS = [5, 150, 17, 1, 64]
 PAGE = 16
@@ -99,3 +100,31 @@ def test_log_probs_and_their_gradients(model, packed):
     assert (model.lm_head.weight.grad - weight.grad).norm() < 0.1 * weight.grad.norm()
     with pytest.raises(ValueError, match="rows, labels, temperatures: expected one shape"):
         model.token_log_probs(ids, starts, max(LENGTHS), rows, labels[1:], temperatures)
+
+
+def test_gradients_of_a_head_in_fp8(device):
+    """As far from those of the exact products as two roundings to E4M3 take them, whatever a chunk holds."""
+    count, width, vocabulary = 77, 144, 336
+    hidden = torch.randn(count, width, device=device).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device) / 12).bfloat16().requires_grad_()
+    codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])
+    labels = torch.randint(vocabulary, (count,), device=device)
+    upstream = torch.randn(count, device=device)
+    logits = row_logits(hidden.detach(), codes).double()
+    error = torch.zeros_like(logits).scatter_(1, labels[:, None], 1.0) - logits.softmax(-1)
+    error *= upstream[:, None]
+    wanted = error @ weight.double(), error.t() @ hidden.double()
+
+    def log_probs(chunk):
+        out = token_log_probs(hidden, weight, labels, torch.ones_like(upstream), chunk, codes)
+        return (out * upstream).sum()
+
+    def loss(chunk):
+        return -token_loss(hidden, weight, labels, chunk, upstream, codes)[0]
+
+    for function in (log_probs, loss):
+        for chunk in (16, 50, 77):
+            grads = torch.autograd.grad(function(chunk), (hidden, weight))
+            for grad, want in zip(grads, wanted, strict=True):
+                assert 0.01 < (grad.double() - want).norm() / want.norm() < 0.05
+            assert torch.equal(*torch.autograd.grad(function(chunk), hidden), grads[0])

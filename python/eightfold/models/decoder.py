@@ -116,8 +116,9 @@ class Decoder(nn.Module):
     when built here); embedding lookup, attention and head compute in bf16 for "bf16" and "fp8".
     `checkpoint_layers=True` recomputes each layer in the backward instead of saving its activations. `save="input"`
     keeps a byte less for each element of the stream in "fp8", at some precision of the gradients of q, k and v's
-    weights (`nn.functional.fp8_norm_linears`). `fp8_head=True` takes the head's product in FP8 too, with gradients as
-    if it were not; `fp8_cache=True` rounds keys and values as a cache in FP8 gives them back, likewise.
+    weights (`nn.functional.fp8_norm_linears`). `fp8_head=True` takes the head's products in FP8 too, forward and
+    backward; `fp8_cache=True` rounds keys and values as a cache in FP8 gives them back, with gradients as if it did
+    not.
     """
 
     def __init__(

@@ -2,7 +2,7 @@
 log-probabilities of tokens whose bits depend on their own row alone.
 
 A head's weight may come with its (128, 128) codes and scales (`Codes`): then the logits are an FP8 product of the rows
-and those codes, and the gradients those of the product with the weight itself (a straight-through estimate).
+and those codes, and the gradients are FP8 products as a linear layer's are (`nn._products`).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from eightfold.nn._accumulation import kept, sums_so_far
+from eightfold.nn._products import weight_gradient
 from eightfold.ops.loss import IGNORED_LABEL as IGNORE
 
 ops = torch.ops.eightfold
@@ -35,10 +36,40 @@ def _fp8_logits(hidden: torch.Tensor, codes: Codes) -> torch.Tensor:
     return ops.fp8_gemm(*ops.quantize(hidden.contiguous(), [1, 128]), *codes, 128, None, torch.float32)
 
 
+class _Gradients:
+    """Makes a head's gradients from those of logits: products of operands of `dtype`, or of codes in FP8."""
+
+    def __init__(self, weight: torch.Tensor, codes: Codes | None, dtype: torch.dtype, need: tuple[bool, bool]):
+        self._dtype, (self._need_hidden, self._need_weight) = dtype, need
+        self._fp8, self._operand = codes is not None, None
+        if self._need_hidden and codes is None:
+            self._operand = (_operand(weight, dtype),)
+        elif self._need_hidden:
+            self._operand = ops.transpose_codes(codes[0]), codes[1].t().contiguous()
+
+    def __call__(
+        self, error: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Of the gradient [rows, V] of rows' logits: that of `hidden` [rows, H], fp32, and that of the weight, added to
+        `total` [V, H], fp32, if there is one; each None (`total`) where it is not needed."""
+        if self._fp8:
+            *rows, col_codes, col_scales = ops.quantize_both(error.to(self._dtype).contiguous())
+            d_hidden = ops.fp8_gemm(*rows, *self._operand, 128, None, torch.float32) if self._need_hidden else None
+            if self._need_weight:
+                inputs = ops.quantize(hidden.to(self._dtype).contiguous(), [128, 1])
+                made = weight_gradient((col_codes, col_scales), inputs, torch.float32, total)
+                total = total if made is None else made
+            return d_hidden, total
+        error = _operand(error, self._dtype)
+        d_hidden = _matmul(error, *self._operand) if self._need_hidden else None
+        return d_hidden, _accumulate(total, error.t(), _operand(hidden, self._dtype)) if self._need_weight else total
+
+
 class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, codes):
         ctx.save_for_backward(hidden, weight)
+        ctx.codes = codes
         if codes is not None:
             return _fp8_logits(hidden, codes)
         return _matmul(_operand(hidden, hidden.dtype), _operand(weight, hidden.dtype).t())
@@ -47,9 +78,9 @@ class _Logits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
-        grad = _operand(grad, hidden.dtype)
-        d_hidden = _matmul(grad, _operand(weight, hidden.dtype)).to(hidden.dtype)
-        return d_hidden, _matmul(grad.t(), _operand(hidden, hidden.dtype)).to(weight.dtype), None
+        need = ctx.needs_input_grad[:2]
+        d_hidden, d_weight = _Gradients(weight, ctx.codes, hidden.dtype, need)(grad, hidden, None)
+        return d_hidden.to(hidden.dtype) if need[0] else None, d_weight.to(weight.dtype) if need[1] else None, None
 
 
 def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -75,25 +106,24 @@ class _TokenLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, weights, chunk, codes, add_to_grad):
-        need_hidden, need_weight = ctx.needs_input_grad[:2]
-        w = _operand(weight, hidden.dtype)
+        need_hidden, need_weight = need = ctx.needs_input_grad[:2]
+        gradients, training = _Gradients(weight, codes, hidden.dtype, need), any(need)
+        w = _operand(weight, hidden.dtype) if codes is None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         d_hidden, d_weight = torch.empty_like(hidden) if need_hidden else None, None
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
-            h = _operand(hidden[part], hidden.dtype)
-            training = need_hidden or need_weight
-            found = _matmul(h, w.t()) if codes is None else _fp8_logits(hidden[part], codes)
-            losses, error = ops.cross_entropy(found, labels[part], training, hidden.dtype)
+            h = hidden[part]
+            found = _matmul(_operand(h, h.dtype), w.t()) if codes is None else _fp8_logits(h, codes)
+            losses, error = ops.cross_entropy(found, labels[part], training, h.dtype)
             total += losses.sum() if weights is None else (losses * weights[part]).sum()
-            if training:
-                error = _operand(error, hidden.dtype)
-            if need_hidden:
-                d_hidden[part] = error @ w if weights is None else _matmul(error, w) * weights[part, None]
+            if not training:
+                continue
             if need_weight and weights is not None:  # a row of the product's narrow operand, not of its wide one
-                h = _operand(h.float() * weights[part, None], hidden.dtype)
-            if need_weight:
-                d_weight = _accumulate(d_weight, error.t(), h)
+                h = (h.float() * weights[part, None]).to(h.dtype)
+            found_hidden, d_weight = gradients(error, h, d_weight)
+            if need_hidden:
+                d_hidden[part] = found_hidden if weights is None else found_hidden * weights[part, None]
         if need_weight and d_weight is None:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -168,9 +198,9 @@ class _TokenLogProbs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad):
         hidden, weight, tokens, temperatures = ctx.saved_tensors
-        dtype, (need_hidden, need_weight, *_) = hidden.dtype, ctx.needs_input_grad
-        rounded = weight.to(dtype)
-        w, head = _operand(rounded, dtype), rounded if ctx.codes is None else ctx.codes
+        dtype, (need_hidden, need_weight) = hidden.dtype, ctx.needs_input_grad[:2]
+        head = weight.to(dtype) if ctx.codes is None else ctx.codes
+        gradients = _Gradients(head if ctx.codes is None else weight, ctx.codes, dtype, (need_hidden, need_weight))
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         (total,) = sums_so_far(ctx)
         d_weight = total if total is not None and total.dtype == torch.float32 else None
@@ -178,11 +208,9 @@ class _TokenLogProbs(torch.autograd.Function):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
             error = ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part], -grad[part])[1]
-            error = _operand(error, dtype)
+            found_hidden, d_weight = gradients(error, hidden[part], d_weight)
             if need_hidden:
-                d_hidden[part] = _matmul(error, w).to(dtype)
-            if need_weight:
-                d_weight = _accumulate(d_weight, error.t(), _operand(hidden[part], dtype))
+                d_hidden[part] = found_hidden
         if total is not None:
             if d_weight is not total and d_weight is not None:
                 total.add_(d_weight)  # in fp32, rounded once

@@ -19,7 +19,7 @@ class ModelConfig(Section):
         "pretrained", description="the weights at path, or random ones (by seed) of the sizes in its config.json"
     )
     precision: Literal["fp32", "bf16", "fp8"] = Field("bf16", description="how linears, norms and SwiGLU compute")
-    fp8_head: bool = Field(False, description="with precision fp8: the head's product in FP8 too")
+    fp8_head: bool = Field(False, description="with precision fp8: the head's products in FP8 too")
     fp8_cache: bool = Field(
         False, description="with precision fp8: keys and values rounded as rollout's FP8 cache has them"
     )
