@@ -104,7 +104,7 @@ def test_log_probs_and_their_gradients(model, packed):
 
 def test_gradients_of_a_head_in_fp8(device):
     """As far from those of the exact products as two roundings to E4M3 take them, whatever a chunk holds."""
-    count, width, vocabulary = 77, 144, 336
+    count, width, vocabulary = 700, 144, 336  # 288 tokens wait for each other
     hidden = torch.randn(count, width, device=device).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device) / 12).bfloat16().requires_grad_()
     codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])
@@ -123,8 +123,29 @@ def test_gradients_of_a_head_in_fp8(device):
         return -token_loss(hidden, weight, labels, chunk, upstream, codes)[0]
 
     for function in (log_probs, loss):
-        for chunk in (16, 50, 77):
+        for chunk in (50, 128, 256, 300, 700):
             grads = torch.autograd.grad(function(chunk), (hidden, weight))
             for grad, want in zip(grads, wanted, strict=True):
                 assert 0.01 < (grad.double() - want).norm() / want.norm() < 0.05
             assert torch.equal(*torch.autograd.grad(function(chunk), hidden), grads[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_gradients_of_a_head_in_fp8_are_added(dtype, device):
+    """To a sum so far, by the product itself."""
+    count, width, vocabulary = 300, 96, 336
+    hidden = torch.randn(count, width, device=device).bfloat16()
+    weight = torch.nn.Parameter((torch.randn(vocabulary, width, device=device) / 12).to(dtype))
+    codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])
+    labels = torch.randint(vocabulary, (count,), device=device)
+    options = labels, torch.ones(count, device=device), 128, codes
+
+    def backward(add_to_grad):
+        token_log_probs(hidden, weight, *options, add_to_grad).sum().backward()
+        return weight.grad.clone()
+
+    alone = backward(False)
+    sums = [backward(add) for add in (False, True, True)]
+    for times, found in zip((2, 3, 4), sums, strict=True):
+        off = (found.float() - times * alone.float()).norm() / (times * alone.float()).norm()
+        assert off < (5e-3 if dtype == torch.bfloat16 else 1e-6)

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from eightfold.nn._accumulation import kept, sums_so_far
 from eightfold.nn._products import weight_gradient
+from eightfold.ops.layouts import round_up
 from eightfold.ops.loss import IGNORED_LABEL as IGNORE
 
 ops = torch.ops.eightfold
@@ -36,33 +37,81 @@ def _fp8_logits(hidden: torch.Tensor, codes: Codes) -> torch.Tensor:
     return ops.fp8_gemm(*ops.quantize(hidden.contiguous(), [1, 128]), *codes, 128, None, torch.float32)
 
 
-class _Gradients:
-    """Makes a head's gradients from those of logits: products of operands of `dtype`, or of codes in FP8."""
+def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of two operands in fp32, added to the fp32 total within the product if there is one already."""
+    if total is None:
+        return _matmul(a, b)
+    if a.dtype == torch.float32:
+        return total.addmm_(a, b)
+    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
-    def __init__(self, weight: torch.Tensor, codes: Codes | None, dtype: torch.dtype, need: tuple[bool, bool]):
+
+class _Gradients:
+    """Makes a head's gradients from those of logits, chunk by chunk: products of operands of `dtype`, or of codes in
+    FP8. The weight's is added to `total`, a tensor of either dtype, if given. `tokens`: of all chunks.
+
+    In fp32 the weight's is added up over the chunks, which reads and writes 4 bytes an element for each. In FP8 its
+    product reads a byte for each logit of a chunk, so that chunks wait for each other while they take less memory than
+    half such a sum, and are one product."""
+
+    def __init__(self, weight, codes: Codes | None, dtype: torch.dtype, need, tokens: int, total=None):
         self._dtype, (self._need_hidden, self._need_weight) = dtype, need
-        self._fp8, self._operand = codes is not None, None
+        self._operand: tuple[torch.Tensor, ...] = ()
         if self._need_hidden and codes is None:
             self._operand = (_operand(weight, dtype),)
         elif self._need_hidden:
             self._operand = ops.transpose_codes(codes[0]), codes[1].t().contiguous()
+        self._fp8, self._total = codes is not None, total
+        self._sum = total if total is not None and total.dtype == torch.float32 else None  # fp32 [V, H]
+        self._room = min(tokens, 2 * weight.shape[1])  # for tokens that wait
+        self._columns: torch.Tensor | None = None  # their codes [V, tokens]
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # scales of their columns; hidden
 
-    def __call__(
-        self, error: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Of the gradient [rows, V] of rows' logits: that of `hidden` [rows, H], fp32, and that of the weight, added to
-        `total` [V, H], fp32, if there is one; each None (`total`) where it is not needed."""
-        if self._fp8:
-            *rows, col_codes, col_scales = ops.quantize_both(error.to(self._dtype).contiguous())
-            d_hidden = ops.fp8_gemm(*rows, *self._operand, 128, None, torch.float32) if self._need_hidden else None
+    def of_chunk(self, error: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
+        """Of the gradient [rows, V] of the logits of `hidden` [rows, H]: that of `hidden`, fp32, if it is needed."""
+        if not self._fp8:
+            error = _operand(error, self._dtype)
             if self._need_weight:
-                inputs = ops.quantize(hidden.to(self._dtype).contiguous(), [128, 1])
-                made = weight_gradient((col_codes, col_scales), inputs, torch.float32, total)
-                total = total if made is None else made
-            return d_hidden, total
-        error = _operand(error, self._dtype)
-        d_hidden = _matmul(error, *self._operand) if self._need_hidden else None
-        return d_hidden, _accumulate(total, error.t(), _operand(hidden, self._dtype)) if self._need_weight else total
+                self._sum = _accumulate(self._sum, error.t(), _operand(hidden, self._dtype))
+            return _matmul(error, *self._operand) if self._need_hidden else None
+        codes, scales, *columns = ops.quantize_both(error.to(self._dtype).contiguous())
+        if self._need_weight:
+            self._wait(*columns, hidden)
+        return ops.fp8_gemm(codes, scales, *self._operand, 128, None, torch.float32) if self._need_hidden else None
+
+    def of_weight(self) -> torch.Tensor | None:
+        """Of all chunks, fp32; None where it has been added to `total`, or there was no chunk."""
+        self._multiply()
+        if self._total is None:
+            return self._sum
+        if self._sum is not None and self._sum is not self._total:
+            self._total.add_(self._sum)  # in fp32, rounded once
+        return None
+
+    def _tokens(self) -> int:
+        return sum(len(hidden) for _, hidden in self._waiting)
+
+    def _wait(self, codes: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor) -> None:
+        begin = self._tokens()
+        if begin % 128 or begin + len(hidden) > self._room:  # groups of columns begin with a chunk
+            self._multiply()
+            begin = 0
+        if self._columns is None:
+            width = round_up(max(self._room, len(hidden)), 16)
+            self._columns = torch.empty(codes.shape[1], width, dtype=torch.uint8, device=codes.device)
+        self._columns[:, begin : begin + len(hidden)] = codes.t().view(torch.uint8)
+        self._waiting.append((scales, hidden))
+
+    def _multiply(self) -> None:
+        if not self._waiting:
+            return
+        tokens, (scales, hidden) = self._tokens(), zip(*self._waiting, strict=True)
+        self._waiting = []
+        columns = self._columns[:, :tokens].view(torch.float8_e4m3fn).t(), torch.cat(scales)
+        inputs = ops.quantize(torch.cat(hidden).to(self._dtype), [128, 1])
+        total = self._sum if self._total is None else self._total
+        made = weight_gradient(columns, inputs, torch.float32, total)
+        self._sum = self._sum if made is None else made
 
 
 class _Logits(torch.autograd.Function):
@@ -79,17 +128,9 @@ class _Logits(torch.autograd.Function):
     def backward(ctx, grad):
         hidden, weight = ctx.saved_tensors
         need = ctx.needs_input_grad[:2]
-        d_hidden, d_weight = _Gradients(weight, ctx.codes, hidden.dtype, need)(grad, hidden, None)
+        gradients = _Gradients(weight, ctx.codes, hidden.dtype, need, len(hidden))
+        d_hidden, d_weight = gradients.of_chunk(grad, hidden), gradients.of_weight()
         return d_hidden.to(hidden.dtype) if need[0] else None, d_weight.to(weight.dtype) if need[1] else None, None
-
-
-def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of two operands in fp32, added to the fp32 total within the product if there is one already."""
-    if total is None:
-        return _matmul(a, b)
-    if a.dtype == torch.float32:
-        return total.addmm_(a, b)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
 
 
 def logits(hidden: torch.Tensor, weight: torch.Tensor, codes: Codes | None = None) -> torch.Tensor:
@@ -107,10 +148,10 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, weights, chunk, codes, add_to_grad):
         need_hidden, need_weight = need = ctx.needs_input_grad[:2]
-        gradients, training = _Gradients(weight, codes, hidden.dtype, need), any(need)
+        gradients, training = _Gradients(weight, codes, hidden.dtype, need, len(hidden)), any(need)
         w = _operand(weight, hidden.dtype) if codes is None else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        d_hidden, d_weight = torch.empty_like(hidden) if need_hidden else None, None
+        d_hidden = torch.empty_like(hidden) if need_hidden else None
         for begin in range(0, hidden.shape[0], chunk):
             part = slice(begin, begin + chunk)
             h = hidden[part]
@@ -121,9 +162,10 @@ class _TokenLoss(torch.autograd.Function):
                 continue
             if need_weight and weights is not None:  # a row of the product's narrow operand, not of its wide one
                 h = (h.float() * weights[part, None]).to(h.dtype)
-            found_hidden, d_weight = gradients(error, h, d_weight)
+            found_hidden = gradients.of_chunk(error, h)
             if need_hidden:
                 d_hidden[part] = found_hidden if weights is None else found_hidden * weights[part, None]
+        d_weight = gradients.of_weight()
         if need_weight and d_weight is None:
             d_weight = torch.zeros_like(weight, dtype=torch.float32)
         ctx.save_for_backward(d_hidden, d_weight)
@@ -200,22 +242,19 @@ class _TokenLogProbs(torch.autograd.Function):
         hidden, weight, tokens, temperatures = ctx.saved_tensors
         dtype, (need_hidden, need_weight) = hidden.dtype, ctx.needs_input_grad[:2]
         head = weight.to(dtype) if ctx.codes is None else ctx.codes
-        gradients = _Gradients(head if ctx.codes is None else weight, ctx.codes, dtype, (need_hidden, need_weight))
         d_hidden = torch.empty_like(hidden) if need_hidden else None
         (total,) = sums_so_far(ctx)
-        d_weight = total if total is not None and total.dtype == torch.float32 else None
+        need = need_hidden, need_weight
+        gradients = _Gradients(head if ctx.codes is None else weight, ctx.codes, dtype, need, len(hidden), total)
         for begin in range(0, hidden.shape[0], ctx.chunk):
             part = slice(begin, begin + ctx.chunk)
             found = row_logits(hidden[part], head)
             error = ops.cross_entropy(found, tokens[part], True, dtype, temperatures[part], -grad[part])[1]
-            found_hidden, d_weight = gradients(error, hidden[part], d_weight)
+            found_hidden = gradients.of_chunk(error, hidden[part])
             if need_hidden:
                 d_hidden[part] = found_hidden
-        if total is not None:
-            if d_weight is not total and d_weight is not None:
-                total.add_(d_weight)  # in fp32, rounded once
-            d_weight = None
-        elif need_weight:
+        d_weight = gradients.of_weight()
+        if total is None and need_weight:
             d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
         return d_hidden, d_weight, None, None, None, None, None
 
