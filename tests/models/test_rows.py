@@ -104,7 +104,7 @@ def test_log_probs_and_their_gradients(model, packed):
 
 def test_gradients_of_a_head_in_fp8(device):
     """As far from those of the exact products as two roundings to E4M3 take them, whatever a chunk holds."""
-    count, width, vocabulary = 700, 144, 336  # 288 tokens wait for each other
+    count, width, vocabulary = 700, 144, 336
     hidden = torch.randn(count, width, device=device).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device) / 12).bfloat16().requires_grad_()
     codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])
@@ -132,8 +132,8 @@ def test_gradients_of_a_head_in_fp8(device):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_gradients_of_a_head_in_fp8_are_added(dtype, device):
-    """To a sum so far, by the product itself."""
-    count, width, vocabulary = 300, 96, 336
+    """To a sum so far, by the product itself: of up to 384 tokens."""
+    count, width, vocabulary = 700, 96, 336
     hidden = torch.randn(count, width, device=device).bfloat16()
     weight = torch.nn.Parameter((torch.randn(vocabulary, width, device=device) / 12).to(dtype))
     codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])

@@ -37,22 +37,25 @@ def _fp8_logits(hidden: torch.Tensor, codes: Codes) -> torch.Tensor:
     return ops.fp8_gemm(*ops.quantize(hidden.contiguous(), [1, 128]), *codes, 128, None, torch.float32)
 
 
-def _accumulate(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of two operands in fp32, added to the fp32 total within the product if there is one already."""
+def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """a @ b of two operands in fp32, or None: added to `total`, if there is one, rounded once to its dtype."""
     if total is None:
         return _matmul(a, b)
-    if a.dtype == torch.float32:
-        return total.addmm_(a, b)
-    return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.dtype == torch.float32:
+        total.add_(a @ b)
+    else:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
+    return None
 
 
 class _Gradients:
     """Makes a head's gradients from those of logits, chunk by chunk: products of operands of `dtype`, or of codes in
     FP8. The weight's is added to `total`, a tensor of either dtype, if given. `tokens`: of all chunks.
 
-    In fp32 the weight's is added up over the chunks, which reads and writes 4 bytes an element for each. In FP8 its
-    product reads a byte for each logit of a chunk, so that chunks wait for each other while they take less memory than
-    half such a sum, and are one product."""
+    Without a total the weight's is added up in fp32: each chunk reads and writes 4 bytes an element. With one, chunks'
+    operands wait for each other, as long as they take no more memory than such a sum, and are one product."""
 
     def __init__(self, weight, codes: Codes | None, dtype: torch.dtype, need, tokens: int, total=None):
         self._dtype, (self._need_hidden, self._need_weight) = dtype, need
@@ -61,20 +64,20 @@ class _Gradients:
             self._operand = (_operand(weight, dtype),)
         elif self._need_hidden:
             self._operand = ops.transpose_codes(codes[0]), codes[1].t().contiguous()
-        self._fp8, self._total = codes is not None, total
-        self._sum = total if total is not None and total.dtype == torch.float32 else None  # fp32 [V, H]
-        self._room = min(tokens, 2 * weight.shape[1])  # for tokens that wait
-        self._columns: torch.Tensor | None = None  # their codes [V, tokens]
-        self._waiting: list[tuple[torch.Tensor, torch.Tensor]] = []  # scales of their columns; hidden
+        self._fp8, self._total, self._sum = codes is not None, total, None
+        held = torch.float8_e4m3fn if self._fp8 else dtype
+        self._room = 0 if total is None else min(tokens, 4 * weight.shape[1] // held.itemsize)  # for tokens that wait
+        self._logits: torch.Tensor | None = None  # their gradients: column codes, or rows of `dtype`
+        self._waiting: list[tuple[torch.Tensor, torch.Tensor | None]] = []  # hidden; scales of column codes
 
     def of_chunk(self, error: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor | None:
         """Of the gradient [rows, V] of the logits of `hidden` [rows, H]: that of `hidden`, fp32, if it is needed."""
+        error = error.to(self._dtype).contiguous()
         if not self._fp8:
-            error = _operand(error, self._dtype)
             if self._need_weight:
-                self._sum = _accumulate(self._sum, error.t(), _operand(hidden, self._dtype))
-            return _matmul(error, *self._operand) if self._need_hidden else None
-        codes, scales, *columns = ops.quantize_both(error.to(self._dtype).contiguous())
+                self._wait(error, None, hidden)
+            return _matmul(_operand(error, self._dtype), *self._operand) if self._need_hidden else None
+        codes, scales, *columns = ops.quantize_both(error)
         if self._need_weight:
             self._wait(*columns, hidden)
         return ops.fp8_gemm(codes, scales, *self._operand, 128, None, torch.float32) if self._need_hidden else None
@@ -82,36 +85,41 @@ class _Gradients:
     def of_weight(self) -> torch.Tensor | None:
         """Of all chunks, fp32; None where it has been added to `total`, or there was no chunk."""
         self._multiply()
-        if self._total is None:
-            return self._sum
-        if self._sum is not None and self._sum is not self._total:
-            self._total.add_(self._sum)  # in fp32, rounded once
-        return None
+        return self._sum
 
     def _tokens(self) -> int:
-        return sum(len(hidden) for _, hidden in self._waiting)
+        return sum(len(hidden) for hidden, _ in self._waiting)
 
-    def _wait(self, codes: torch.Tensor, scales: torch.Tensor, hidden: torch.Tensor) -> None:
-        begin = self._tokens()
-        if begin % 128 or begin + len(hidden) > self._room:  # groups of columns begin with a chunk
+    def _wait(self, logits: torch.Tensor, scales: torch.Tensor | None, hidden: torch.Tensor) -> None:
+        begin, count = self._tokens(), len(hidden)
+        if begin + count > self._room or (self._fp8 and begin % 128):  # a group of columns begins with a chunk
             self._multiply()
             begin = 0
-        if self._columns is None:
-            width = round_up(max(self._room, len(hidden)), 16)
-            self._columns = torch.empty(codes.shape[1], width, dtype=torch.uint8, device=codes.device)
-        self._columns[:, begin : begin + len(hidden)] = codes.t().view(torch.uint8)
-        self._waiting.append((scales, hidden))
+        self._waiting.append((hidden, scales))
+        if count >= self._room:  # alone
+            self._logits = logits
+            return
+        if begin == 0:  # column codes of a vocabulary's entry lie beside each other
+            room, width = round_up(self._room, 16), logits.shape[1]
+            shape = (width, room) if self._fp8 else (room, width)
+            made = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+            self._logits = made.t() if self._fp8 else made
+        raw = torch.uint8 if self._fp8 else logits.dtype
+        self._logits.view(raw)[begin : begin + count] = logits.view(raw)
 
     def _multiply(self) -> None:
         if not self._waiting:
             return
-        tokens, (scales, hidden) = self._tokens(), zip(*self._waiting, strict=True)
-        self._waiting = []
-        columns = self._columns[:, :tokens].view(torch.float8_e4m3fn).t(), torch.cat(scales)
-        inputs = ops.quantize(torch.cat(hidden).to(self._dtype), [128, 1])
+        tokens, (hidden, scales) = self._tokens(), zip(*self._waiting, strict=True)
+        logits, inputs = self._logits[:tokens], torch.cat(hidden).to(self._dtype)
         total = self._sum if self._total is None else self._total
-        made = weight_gradient(columns, inputs, torch.float32, total)
+        if self._fp8:
+            columns = logits, torch.cat(scales)
+            made = weight_gradient(columns, ops.quantize(inputs, [128, 1]), torch.float32, total)
+        else:
+            made = _add_product(total, _operand(logits, self._dtype).t(), _operand(inputs, self._dtype))
         self._sum = self._sum if made is None else made
+        self._waiting, self._logits = [], None
 
 
 class _Logits(torch.autograd.Function):
