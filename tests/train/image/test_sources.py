@@ -95,6 +95,24 @@ def test_cifar(tmp_path):
     assert np.array_equal(np.asarray(found.read(4)[1]), pixels[4].reshape(3, 32, 32).transpose(1, 2, 0))
 
 
+@pytest.mark.parametrize(
+    ("file", "before", "names"),
+    [("data_batch_1.bin", b"", "batches.meta.txt"), ("train.bin", b"\x13", "fine_label_names.txt")],
+)
+def test_binary_cifar(tmp_path, file, before, names):
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 3072), dtype=np.uint8)
+    rows = [before + bytes([label]) + each.tobytes() for label, each in zip((1, 0, 1), pixels, strict=True)]
+    (tmp_path / file).write_bytes(b"".join(rows))
+    (tmp_path / "test_batch.bin").write_bytes(b"not read")
+    (tmp_path / names).write_text("cat\ndog\n\n")
+    found = open_pictures(tmp_path)
+    assert (found.classes, found.labels) == (("cat", "dog"), [1, 0, 1])
+    assert np.array_equal(np.asarray(found.read(2)[1]), pixels[2].reshape(3, 32, 32).transpose(1, 2, 0))
+    (tmp_path / file).write_bytes(b"".join(rows)[:-1])
+    with pytest.raises(ValueError, match=f"{file}: expected rows of .* bytes, got"):
+        open_pictures(tmp_path)
+
+
 class Evil:
     def __reduce__(self):
         return print, ("executed",)

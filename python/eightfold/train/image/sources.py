@@ -5,7 +5,8 @@
     .npz             `images` uint8 [N, H, W] or [N, H, W, 1 or 3], `labels` integers [N] and `classes` names, both
                      optional; `x`, `y` and `arr_0` are also read
     .npy             images alone
-    CIFAR            the folder of python batches of CIFAR-10 or CIFAR-100 (fine labels), the training ones
+    CIFAR            the folder of python or binary (.bin) batches of CIFAR-10 or CIFAR-100 (fine labels), the training
+                     ones
 
 Nothing in a file is executed. A file that cannot be decoded raises BadPicture when it is read.
 """
@@ -27,6 +28,8 @@ from PIL import Image
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 LABELS = "labels.csv"
 _CIFAR_DATA = ("data_batch_", "train")
+_CIFAR_NAMES = ("batches.meta.txt", "fine_label_names.txt")  # of the classes, beside binary batches
+_CIFAR_PIXELS = 3 * 32 * 32
 # All that a pickled array names.
 _PICKLED = {
     ("numpy", "ndarray"),
@@ -164,24 +167,42 @@ def _read_labels(content: bytes, source: str) -> dict[str, str]:
 
 
 def _is_cifar(file: Path) -> bool:
-    return file.suffix == "" and file.name.startswith(_CIFAR_DATA)
+    return file.suffix in ("", ".bin") and file.name.startswith(_CIFAR_DATA)
 
 
 def _cifar(folder: Path, batches: list[Path]) -> ArrayPictures:
     images, labels, classes = [], [], ()
     for file in batches:
-        content = _unpickled(file)
-        kinds = content.get("labels", content.get("fine_labels"))
-        data = content.get("data")
-        if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != 3072 or kinds is None:
-            raise ValueError(f"{file}: expected CIFAR's data [N, 3072] and labels")
+        data, kinds = _binary_batch(file) if file.suffix else _pickled_batch(file)
         images.append(data.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
         labels += list(kinds)
     for name in ("batches.meta", "meta"):
         if (folder / name).is_file():
             content = _unpickled(folder / name)
             classes = tuple(content.get("label_names", content.get("fine_label_names", ())))
+    for name in _CIFAR_NAMES:
+        if (folder / name).is_file():
+            classes = tuple((folder / name).read_text().split())
     return ArrayPictures(np.concatenate(images), np.array(labels), classes, folder.name)
+
+
+def _pickled_batch(file: Path) -> tuple[np.ndarray, list[int]]:
+    content = _unpickled(file)
+    kinds = content.get("labels", content.get("fine_labels"))
+    data = content.get("data")
+    if not isinstance(data, np.ndarray) or data.ndim != 2 or data.shape[1] != _CIFAR_PIXELS or kinds is None:
+        raise ValueError(f"{file}: expected CIFAR's data [N, {_CIFAR_PIXELS}] and labels")
+    return data, kinds
+
+
+def _binary_batch(file: Path) -> tuple[np.ndarray, list[int]]:
+    """Rows of a label (CIFAR-100, train.bin: a coarse and a fine one) and the pixels."""
+    row = _CIFAR_PIXELS + (2 if file.stem == "train" else 1)
+    content = np.fromfile(file, np.uint8)
+    if not len(content) or len(content) % row:
+        raise ValueError(f"{file}: expected rows of {row} bytes, got {len(content)} bytes")
+    rows = content.reshape(-1, row)
+    return rows[:, -_CIFAR_PIXELS:], rows[:, -_CIFAR_PIXELS - 1].tolist()
 
 
 class _ArraysOnly(pickle.Unpickler):
