@@ -11,8 +11,7 @@ from eightfold.models.sana_loading import load_sana, save_sana
 from eightfold.train.image.growth import grow, kept_blocks
 from eightfold.train.image.loop import model_folder
 from eightfold.train.image.model import ImageModel, load_image_model, read_captions, save_image_model
-from eightfold.train.image.prune import most_important, prune, watch_blocks
-from eightfold.train.image.samples import sample_classes
+from eightfold.train.image.prune import most_important, prune, sampled_importance
 
 
 def run_grow(args: argparse.Namespace) -> int:
@@ -32,15 +31,10 @@ def run_grow(args: argparse.Namespace) -> int:
 def run_prune(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_image_model(model_folder(args.model), args.precision, device=device).eval()
-    classes = len(model.captions.names)
-    if not classes:
+    if not model.captions.names:
         raise ValueError(f"{args.model}: expected a model of classes; for text there is eightfold.train.image.prune")
     side = args.size or model.config.sample_size
-    labels = [number % classes for number in range(args.samples)]
-    with watch_blocks(model.sana) as seen:
-        for begin in range(0, len(labels), args.batch):
-            sample_classes(model, labels[begin : begin + args.batch], (side, side), args.steps, shift=args.shift)
-    importance = seen.values()
+    importance = sampled_importance(model, side, args.samples, args.batch, args.steps, args.shift)
     pruned = prune(model.sana, importance, args.layers)
     folder = save_image_model(ImageModel(pruned, model.captions), Path(args.output))
     kept = most_important(importance, args.layers)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from eightfold.models.sana import Sana
 from eightfold.train.image.growth import with_blocks
+from eightfold.train.image.model import ImageModel
+from eightfold.train.image.samples import sample_classes
 
 
 class BlockImportance:
@@ -54,6 +56,18 @@ def watch_blocks(model: Sana) -> Iterator[BlockImportance]:
     finally:
         for each in hooks:
             each.remove()
+
+
+def sampled_importance(
+    model: ImageModel, side: int, samples: int = 32, batch: int = 8, steps: int = 20, shift: float = 3.0
+) -> list[float]:
+    """The importance of each block of a model of classes, while it makes `samples` latents of `side` x `side`, of its
+    classes by turns, `batch` at once. ValueError where the model has no classes."""
+    labels = [number % max(1, len(model.captions.names)) for number in range(samples)]
+    with watch_blocks(model.sana) as seen:
+        for begin in range(0, samples, batch):
+            sample_classes(model, labels[begin : begin + batch], (side, side), steps, shift=shift)
+    return seen.values()
 
 
 def most_important(importance: list[float], layers: int) -> list[int]:
