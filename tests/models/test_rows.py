@@ -130,15 +130,16 @@ def test_gradients_of_a_head_in_fp8(device):
             assert torch.equal(*torch.autograd.grad(function(chunk), hidden), grads[0])
 
 
+@pytest.mark.parametrize("chunk", [100, 128])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_gradients_of_a_head_in_fp8_are_added(dtype, device):
-    """To a sum so far, by the product itself: of up to 384 tokens."""
+def test_gradients_of_a_head_in_fp8_are_added(dtype, chunk, device):
+    """To a sum so far, by the product itself: of up to 384 tokens, where a chunk ends where groups of columns do."""
     count, width, vocabulary = 700, 96, 336
     hidden = torch.randn(count, width, device=device).bfloat16()
     weight = torch.nn.Parameter((torch.randn(vocabulary, width, device=device) / 12).to(dtype))
     codes = torch.ops.eightfold.quantize(weight.detach(), [128, 128])
     labels = torch.randint(vocabulary, (count,), device=device)
-    options = labels, torch.ones(count, device=device), 128, codes
+    options = labels, torch.ones(count, device=device), chunk, codes
 
     def backward(add_to_grad):
         token_log_probs(hidden, weight, *options, add_to_grad).sum().backward()
@@ -148,4 +149,4 @@ def test_gradients_of_a_head_in_fp8_are_added(dtype, device):
     sums = [backward(add) for add in (False, True, True)]
     for times, found in zip((2, 3, 4), sums, strict=True):
         off = (found.float() - times * alone.float()).norm() / (times * alone.float()).norm()
-        assert off < (5e-3 if dtype == torch.bfloat16 else 1e-6)
+        assert off < (1e-2 if dtype == torch.bfloat16 else 1e-6)

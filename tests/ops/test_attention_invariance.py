@@ -104,7 +104,7 @@ def last_rows_alone_and_together(lengths, heads, kv_heads, dim, most, device, co
     together = cache.attend(q[torch.cat(index)], starts_of(rows, device), lengths, most)
     assert torch.equal(together, whole[torch.cat(index)])
     pages = cache.pages
-    for s in {0, 1, len(lengths) // 2, len(lengths) - 1}:
+    for s in {0, min(1, len(lengths) - 1), len(lengths) // 2, len(lengths) - 1}:
         cache.pages = pages[s : s + 1]
         one = cache.attend(q[index[s]], starts_of(rows[s : s + 1], device), lengths[s : s + 1], most)
         assert torch.equal(one, whole[index[s]]), f"sequence {s} of {lengths[s]} keys"
@@ -120,6 +120,15 @@ def test_unequal_sequences(codes, heads, kv_heads, dim, most, device):
     else:
         heads, kv_heads = heads // kv_heads, 1
     last_rows_alone_and_together(lengths, heads, kv_heads, dim, most, device, codes)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 8, 128), (28, 4, 128), (8, 4, 64), (12, 4, 96)])
+@pytest.mark.parametrize("codes", [False, True])
+def test_few_sequences(codes, heads, kv_heads, dim, device):
+    """One to nine chunks each, with far fewer units than multiprocessors, or more."""
+    heads, kv_heads = (heads, kv_heads) if device.type == "cuda" else (heads // kv_heads, 1)
+    for lengths in ([513], [1030], [3, 3500, 512], [4000, 1, 700], [4096], [4500], [600] * 40):
+        last_rows_alone_and_together(lengths, heads, kv_heads, dim, 1, device, codes)
 
 
 def test_many_sequences(device):
