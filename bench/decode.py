@@ -19,7 +19,8 @@ from eightfold.models.attention import PagedCache
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder
 from eightfold.models.precision import KeptWeights
-from eightfold.models.rotary import inverse_frequencies, rotary_tables
+from eightfold.models.rotary import inverse_frequencies
+from eightfold.ops import rotary_tables
 from eightfold.train.rl.batches import Sample, pack
 
 from .common import Bench, Case, replayed

@@ -22,7 +22,8 @@ from eightfold.models.attention import Whole
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import Decoder, DecoderLayer
 from eightfold.models.precision import strategy
-from eightfold.models.rotary import inverse_frequencies, rotary_tables
+from eightfold.models.rotary import inverse_frequencies
+from eightfold.ops import rotary_tables
 
 from .common import Bench, Case, relative_error
 from .kernel_times import KernelTimes

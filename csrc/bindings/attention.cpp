@@ -1,6 +1,8 @@
-// attention, its backward pass, attention over pages, storing to them and what comes before: checks, allocation, dispatch.
+// attention, its backward pass, attention over pages, storing to them and what comes before, the rows of a step: checks, allocation,
+// dispatch.
 #include "attention/attention.h"
 
+#include "attention/paged_rows.h"
 #include "bindings/attention_checks.h"
 #include "bindings/casts.h"
 
@@ -293,6 +295,41 @@ Tensor rope_cache_write(const Tensor& q, const Tensor& k, const Tensor& v, const
   return out;
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> paged_next_rows_(const Tensor& positions, const Tensor& tokens, const Tensor& active,
+                                                            const Tensor& pages, int64_t page_size) {
+  const char* op = "paged_next_rows_";
+  check_rank(positions, 1, op, "positions");
+  check_rank(pages, 2, op, "pages");
+  const int64_t rows = positions.size(0), width = pages.size(1);
+  EF_CHECK(page_size >= 1, op, ": page_size must be at least 1, got ", page_size);
+  Tensor ids = empty({rows}, ScalarType::Long, positions), at = empty({rows}, ScalarType::Long, positions);
+  Tensor slots = empty({rows}, ScalarType::Long, positions), lengths = empty({rows}, ScalarType::Int, positions);
+  const PagedRows args{const_cast<int64_t*>(integers<int64_t>(positions, positions, ScalarType::Long, {rows}, op, "positions")),
+                       integers<int64_t>(tokens, positions, ScalarType::Long, {rows}, op, "tokens"),
+                       integers<int32_t>(active, positions, ScalarType::Int, {rows}, op, "active"),
+                       integers<int32_t>(pages, positions, ScalarType::Int, {rows, width}, op, "pages"),
+                       rows,
+                       width,
+                       page_size,
+                       static_cast<int64_t*>(ids.data_ptr()),
+                       static_cast<int64_t*>(at.data_ptr()),
+                       static_cast<int64_t*>(slots.data_ptr()),
+                       static_cast<int32_t*>(lengths.data_ptr())};
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (positions.is_cuda()) {
+    OnDeviceOf device(positions);
+    paged_next_rows_sm90(args, current_stream(positions));
+  }
+#endif
+  if (positions.is_cpu()) {
+    for (int64_t i = 0; i < rows; ++i)
+      EF_CHECK(args.positions[i] >= 0 && args.positions[i] < width * page_size, op, ": positions must be from 0 to ", width * page_size - 1,
+               ", got ", args.positions[i], " at ", i);
+    paged_next_rows_cpu(args);
+  }
+  return {std::move(ids), std::move(at), std::move(slots), std::move(lengths)};
+}
+
 Tensor kv_round(const Tensor& x) {
   const char* op = "kv_round";
   check_rows(x, op, "x");
@@ -317,6 +354,7 @@ void register_all(Library& m) {
   m.impl("attention_backward", EF_BOX(&attention_backward));
   m.impl("paged_attention", EF_BOX(&paged_attention));
   m.impl("paged_attention_quantize", EF_BOX(&paged_attention_quantize));
+  m.impl("paged_next_rows_", EF_BOX(&paged_next_rows_));
   m.impl("paged_store_", EF_BOX(&paged_store_));
   m.impl("rope_cache_write", EF_BOX(&rope_cache_write));
   m.impl("kv_round", EF_BOX(&kv_round));

@@ -1,9 +1,11 @@
-// rotary, its backward pass fused with the casts, and both ways of it fused with the norm of heads: checks, allocation, dispatch.
+// rotary and its tables, its backward pass fused with the casts, and both ways of it fused with the norm of heads: checks, allocation,
+// dispatch.
 #include "rotary/rotary.h"
 
 #include "bindings/casts.h"
 #include "rotary/rms_norm_rotary.h"
 #include "rotary/rotary_backward.h"
+#include "rotary/rotary_tables.h"
 
 namespace eightfold::bindings {
 namespace {
@@ -50,6 +52,34 @@ Tensor rotary(const Tensor& x, const Tensor& cos, const Tensor& sin, bool invers
 #endif
   rotary_cpu(args);
   return y;
+}
+
+std::tuple<Tensor, Tensor> rotary_tables(const Tensor& frequency, const Tensor& positions) {
+  const char* op = "rotary_tables";
+  check_rank(frequency, 1, op, "frequency");
+  check_dtype(frequency, {ScalarType::Float}, op, "frequency");
+  check_contiguous(frequency, op, "frequency");
+  check_same_device(positions, frequency, op, "positions");
+  check_rank(positions, 2, op, "positions");
+  check_dtype(positions, {ScalarType::Long}, op, "positions");
+  check_contiguous(positions, op, "positions");
+  const int64_t half = frequency.size(0);
+  Tensor cos = empty({positions.size(0), positions.size(1), 1, half}, ScalarType::Float, frequency);
+  Tensor sin = empty(cos.sizes(), ScalarType::Float, frequency);
+  const RotaryAngles args{static_cast<const float*>(frequency.data_ptr()),
+                          static_cast<const int64_t*>(positions.data_ptr()),
+                          positions.numel(),
+                          half,
+                          static_cast<float*>(cos.data_ptr()),
+                          static_cast<float*>(sin.data_ptr())};
+  if (frequency.is_cpu()) rotary_tables_cpu(args);
+#ifdef EIGHTFOLD_WITH_CUDA
+  if (frequency.is_cuda()) {
+    OnDeviceOf device(frequency);
+    rotary_tables_sm90(args, current_stream(frequency));
+  }
+#endif
+  return {std::move(cos), std::move(sin)};
 }
 
 using Gradient = RotaryBackward::Gradient;
@@ -237,6 +267,7 @@ std::tuple<Tensor, Tensor> rms_norm_rotary_backward(const Tensor& dy, const Tens
 template <class Library>
 void register_all(Library& m) {
   m.impl("rotary", EF_BOX(&rotary));
+  m.impl("rotary_tables", EF_BOX(&rotary_tables));
   m.impl("rotary_backward_quantize", EF_BOX(&rotary_backward_quantize));
   m.impl("rms_norm_rotary", EF_BOX(&rms_norm_rotary));
   m.impl("rms_norm_rotary_backward", EF_BOX(&rms_norm_rotary_backward));

@@ -59,6 +59,7 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def("depthwise_glu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
 
   // rotary position embedding
+  m.def("rotary_tables(Tensor frequency, Tensor positions) -> (Tensor cos, Tensor sin)");
   m.def("rotary(Tensor x, Tensor cos, Tensor sin, bool inverse=False) -> Tensor");
   m.def(
       "rotary_backward_quantize(Tensor dq, Tensor dk, Tensor dv, Tensor cos, Tensor sin, bool columns=True, bool bias=False) -> (Tensor "
@@ -90,6 +91,9 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def(
       "rope_cache_write(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor(c!)? "
       "k_scales, Tensor(d!)? v_scales, Tensor slots, Tensor? q_weight, Tensor? k_weight, float eps) -> Tensor");
+  m.def(
+      "paged_next_rows_(Tensor(a!) positions, Tensor tokens, Tensor active, Tensor pages, int page_size) -> (Tensor ids, Tensor at, Tensor "
+      "slots, Tensor lengths)");
   m.def("kv_round(Tensor x) -> Tensor");
 
   // block_attention: a block of rows over a cache that it is written to

@@ -11,8 +11,9 @@ from eightfold.models.attention import Whole
 from eightfold.models.config import DecoderConfig
 from eightfold.models.decoder import DecoderLayer
 from eightfold.models.precision import strategy
-from eightfold.models.rotary import inverse_frequencies, rotary_tables
+from eightfold.models.rotary import inverse_frequencies
 from eightfold.nn import FP8Linear, convert, functional
+from eightfold.ops import rotary_tables
 from saved_bytes import saved_storages, table
 
 HIDDEN, INTERMEDIATE, HEADS, BATCH, LENGTH = 512, 1376, 8, 2, 256

@@ -1,10 +1,11 @@
-"""Rotary position embedding: bits of the reference, any strides, gradients, torch's machinery, errors."""
+"""Rotary position embedding and its tables: bits of the reference, strides, gradients, torch's machinery, errors."""
 
 import pytest
 import torch
 
-from eightfold.ops import rotary
+from eightfold.ops import rotary, rotary_tables
 from eightfold.reference import rotary as reference
+from eightfold.reference import rotary_tables as reference_tables
 
 op = torch.ops.eightfold.rotary
 SHAPES = [(1, 1, 1, 2), (2, 5, 3, 64), (1, 130, 4, 128), (3, 7, 2, 36), (0, 4, 2, 16), (2, 3, 1, 6)]
@@ -23,6 +24,26 @@ def test_bits_of_the_reference(shape, dtype, inverse, device):
     for batched in (False, True):
         x, cos, sin = case(shape, dtype, device, batched and shape[0] > 0)
         assert torch.equal(op(x, cos, sin, inverse), reference(x, cos, sin, inverse))
+
+
+def test_tables(device):
+    """Of angles that float32 gives, to its last bits; a position has the same row wherever it stands."""
+    frequency = 10000.0 ** -(torch.arange(64, device=device) / 64)
+    positions = torch.tensor([[0, 1, 7, 4095], [131071, 2**24 + 1, 7, 31]], device=device)
+    tables = rotary_tables(frequency, positions)
+    for ours, expected in zip(tables, reference_tables(frequency, positions), strict=True):
+        assert ours.shape == (2, 4, 1, 64)
+        assert ours.is_contiguous()
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1.2e-7)
+        assert torch.equal(ours[0, 2], ours[1, 2])
+    for others in (positions.int(), positions.t().contiguous().t()):
+        assert all(torch.equal(a, b) for a, b in zip(rotary_tables(frequency, others), tables, strict=True))
+    assert rotary_tables(frequency, positions[:0])[0].shape == (0, 4, 1, 64)
+    torch.library.opcheck(torch.ops.eightfold.rotary_tables, (frequency, positions))
+    with pytest.raises(RuntimeError, match="rotary_tables: frequency must be float32, got float64"):
+        rotary_tables(frequency.double(), positions)
+    with pytest.raises(RuntimeError, match=r"rotary_tables: positions must have 2 dimensions, got shape \[4\]"):
+        rotary_tables(frequency, positions[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

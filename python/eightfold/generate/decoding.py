@@ -18,7 +18,7 @@ from eightfold.generate.text import SamplingOptions
 from eightfold.models.attention import Paged, PagedCache
 from eightfold.models.decoder import Decoder
 from eightfold.models.head import Codes, row_log_probs, row_logits
-from eightfold.ops import sample
+from eightfold.ops import paged_next_rows_, sample
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 _BEYOND = 256  # from the last of them on, multiples of this
@@ -44,21 +44,27 @@ def draw(
     top_p: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens of rows of logits, each for its place `positions` in its text, and their log-probabilities. A row without
-    a token (its logits are not finite) gives -1."""
+    a token (its logits are not finite) gives -1 and NaN."""
     tokens = sample(logits, seeds, positions, temperatures, top_k, top_p)
-    return tokens, row_log_probs(logits, tokens.clamp(min=0), temperatures)
+    return tokens, row_log_probs(logits, tokens, temperatures)
 
 
 class Drawn:
     """What a step drew: `read()` waits for it."""
 
-    def __init__(self, tokens: torch.Tensor, log_probs: torch.Tensor, done: torch.cuda.Event | None):
-        self._tokens, self._log_probs, self._done = tokens, log_probs, done
+    def __init__(self, values: torch.Tensor, count: int, done: torch.cuda.Event | None):
+        self._values, self._count, self._done = values, count, done
 
     def read(self) -> tuple[list[int], list[float]]:
         if self._done is not None:
             self._done.synchronize()
-        return self._tokens.tolist(), self._log_probs.tolist()
+        return tuple(column[: self._count].tolist() for column in _columns(self._values))
+
+
+def _columns(drawn: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens, int64, and log-probabilities, fp32, of all rows in one tensor, int64 [2, rows], so that one copy brings
+    both."""
+    return drawn[0], drawn[1].view(torch.float32)[: drawn.shape[1]]
 
 
 class DecodeStep:
@@ -73,25 +79,27 @@ class DecodeStep:
         def numbers(dtype):
             return torch.zeros(self._capacity, dtype=dtype, **on)
 
-        self._tokens, self._positions, self._seeds = (numbers(torch.int64) for _ in range(3))
-        self._temperatures, self._top_p, self._log_probs = (numbers(torch.float32) for _ in range(3))
-        self._top_k, self._active, self._lengths = (numbers(torch.int32) for _ in range(3))
+        self._drawn = torch.zeros(2, self._capacity, dtype=torch.int64, **on)
+        self._tokens, self._log_probs = _columns(self._drawn)
+        self._positions, self._seeds = (numbers(torch.int64) for _ in range(2))
+        self._temperatures, self._top_p = (numbers(torch.float32) for _ in range(2))
+        self._top_k, self._active = (numbers(torch.int32) for _ in range(2))
         self._starts = torch.arange(self._capacity + 1, dtype=torch.int32, **on)
         self._head: torch.Tensor | Codes | None = None
         self._weights: list[int] = []
         self._count, self._launches, self._changed = 0, 0, False
         self._replay = Replay(graphs, model.device)
         # Two of each: the host writes and reads one while the device uses the other.
-        self._read = [(self._host(torch.int64), self._host(torch.float32)) for _ in range(2)]
+        self._read = [self._host(torch.int64, 2, self._capacity) for _ in range(2)]
         self._resize(1)
 
     def _host(self, dtype: torch.dtype, *shape: int) -> torch.Tensor:
-        return torch.zeros(self._capacity, *shape, dtype=dtype, pin_memory=self._pinned)
+        return torch.zeros(*shape, dtype=dtype, pin_memory=self._pinned)
 
     def _resize(self, width: int) -> None:
         self._width = width
         self._table = torch.zeros(self._capacity, width, dtype=torch.int32)
-        self._sent = [self._host(torch.int32, width) for _ in range(2)]
+        self._sent = [self._host(torch.int32, self._capacity, width) for _ in range(2)]
         self._pages = torch.zeros(self._capacity, width, dtype=torch.int32, device=self._model.device)
         self._replay.forget()
 
@@ -117,7 +125,6 @@ class DecodeStep:
             (self._top_k, [row.options.top_k for row in rows]),
             (self._top_p, [row.options.top_p for row in rows]),
             (self._active, [1] * len(rows)),
-            (self._lengths, [row.position + 1 for row in rows]),
         )
         for column, values in columns:
             values = values + [1 if column is self._top_p else 0] * (self._capacity - len(values))
@@ -142,27 +149,24 @@ class DecodeStep:
             self._pages[:rows].copy_(self._sent[turn][:rows], non_blocking=True)
             self._changed = False
         self._replay(rows, lambda: self._advance(rows))
-        host = [kept[: self._count] for kept in self._read[turn]]
-        for kept, of in zip(host, (self._tokens, self._log_probs), strict=True):
-            kept.copy_(of[: self._count], non_blocking=True)
+        drawn = self._read[turn]
+        drawn.copy_(self._drawn, non_blocking=True)
         done = None
         if self._pinned:
             done = torch.cuda.Event()
             done.record(torch.cuda.current_stream(self._model.device))
-        return Drawn(*host, done)
+        return Drawn(drawn, self._count, done)
 
     def _advance(self, rows: int) -> None:
         """A step of the first `rows` rows. A blank one has no keys, and with page -1 a slot below 0: it writes none."""
-        part, size = slice(rows), self._cache.page_size
-        active, positions, pages = self._active[part], self._positions[part], self._pages[part]
-        lengths = self._lengths[part]
-        own = pages.gather(1, (positions // size)[:, None])[:, 0]
-        slots = torch.add(positions % size, own, alpha=size)
+        part, pages = slice(rows), self._pages[:rows]
+        positions = self._positions[part]
+        ids, at, slots, lengths = paged_next_rows_(
+            positions, self._tokens[part], self._active[part], pages, self._cache.page_size
+        )
         # Settled: behind the last of these lie torch's own kernels, as of the embedding, before the first layer.
         attend = Paged(self._cache, pages, self._starts[: rows + 1], lengths, slots, 1, settled=True)
-        hidden = self._model.rows_hidden(self._tokens[part].clamp(min=0), positions, attend)
-        positions += active
-        lengths += active
+        hidden = self._model.rows_hidden(ids, at, attend)
         options = self._temperatures[part], self._top_k[part], self._top_p[part]
         tokens, log_probs = draw(row_logits(hidden, self._head), self._seeds[part], positions, *options)
         self._tokens[part] = tokens

@@ -21,8 +21,8 @@ from eightfold.models.attention import (
 from eightfold.models.config import DecoderConfig
 from eightfold.models.head import token_log_probs, token_loss
 from eightfold.models.precision import Precision, Save, strategy
-from eightfold.models.rotary import inverse_frequencies, rotary_tables
-from eightfold.ops import kv_round
+from eightfold.models.rotary import inverse_frequencies
+from eightfold.ops import kv_round, rotary_tables
 
 __all__ = ["Decoder", "DecoderConfig", "KVCache"]
 

@@ -1,4 +1,4 @@
-"""Angles of the rotary position embedding: frequencies (default, linear, llama3 scaling) and their tables, fp32."""
+"""Angles of the rotary position embedding: frequencies (default, linear, llama3 scaling), fp32."""
 
 from __future__ import annotations
 
@@ -24,9 +24,3 @@ def inverse_frequencies(config: DecoderConfig) -> torch.Tensor:
     turns = scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
     keep = ((turns - low) / (high - low)).clamp(0, 1)
     return frequency * (keep + (1 - keep) / factor)
-
-
-def rotary_tables(frequency: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin, fp32 [B, T, 1, head_dim / 2], of positions [B, T]."""
-    angle = positions[..., None, None].float() * frequency
-    return angle.cos(), angle.sin()

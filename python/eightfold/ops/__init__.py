@@ -3,7 +3,7 @@
 from eightfold.ops import _library
 from eightfold.ops._fallback import kernels_run_on
 from eightfold.ops.activation import swiglu, swiglu_backward_quantize, swiglu_quantize
-from eightfold.ops.attention import attention, paged_attention, paged_attention_quantize, paged_store_
+from eightfold.ops.attention import attention, paged_attention, paged_attention_quantize, paged_next_rows_, paged_store_
 from eightfold.ops.block_attention import block_attention
 from eightfold.ops.confidence import lm_head_confidence, uncover_
 from eightfold.ops.conv import depthwise_glu, depthwise_glu_backward, depthwise_glu_quantize
@@ -41,7 +41,13 @@ from eightfold.ops.quant import (
     transpose,
 )
 from eightfold.ops.rope_cache import kv_round, rope_cache_write
-from eightfold.ops.rotary import rms_norm_rotary, rms_norm_rotary_backward, rotary, rotary_backward_quantize
+from eightfold.ops.rotary import (
+    rms_norm_rotary,
+    rms_norm_rotary_backward,
+    rotary,
+    rotary_backward_quantize,
+    rotary_tables,
+)
 from eightfold.ops.sampling import sample
 
 build_info = _library.build_info
@@ -79,6 +85,7 @@ __all__ = [
     "lm_head_confidence",
     "paged_attention",
     "paged_attention_quantize",
+    "paged_next_rows_",
     "paged_store_",
     "quantize",
     "quantize_beside",
@@ -94,6 +101,7 @@ __all__ = [
     "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",
+    "rotary_tables",
     "sample",
     "swiglu",
     "swiglu_backward_quantize",

@@ -170,6 +170,26 @@ def paged_store_(
     _ops.paged_store_(k, v, k_pages, v_pages, k_scales, v_scales, slots)
 
 
+def paged_next_rows_(
+    positions: Tensor, tokens: Tensor, active: Tensor, pages: Tensor, page_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a decoding step reads of sequences in pages, made of the newest token of each and its position, which then
+    moves on by one, in place, where a sequence is active.
+
+    Args:
+        positions: int64 [rows], from 0 on: of the newest token in its text.
+        tokens: int64 [rows]: that token.
+        active: int32 [rows], 1, or 0 where there is no sequence.
+        pages: int32 [rows, most]: as for ``paged_attention``, by ``page_size`` tokens.
+
+    Returns ids int64 [rows], the tokens, 0 for one below 0; positions int64 [rows] as they were; slots int64 [rows] as
+    for ``paged_store_``, -1 in a page below 0 and, on CUDA, beyond the pages; lengths int32 [rows] as for
+    ``paged_attention``: the keys up to that token, 0 where there is no sequence. Raises RuntimeError for other dtypes,
+    shapes, devices or layouts and, on the CPU, for positions beyond the pages.
+    """
+    return _ops.paged_next_rows_(positions, tokens, active, pages, page_size)
+
+
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(q, k, v, starts, longest, scale, causal, block):
@@ -210,6 +230,11 @@ def _(
 def _(q, *args):
     rows, cols = q.shape[0], q.shape[1] * q.shape[2]
     return layouts.empty_codes(rows, cols, (1, 128), q.device), layouts.empty_scales(rows, cols, (1, 128), q.device)
+
+
+@torch.library.register_fake("eightfold::paged_next_rows_")
+def _(positions, tokens, active, pages, page_size):
+    return *(torch.empty_like(positions) for _ in range(3)), torch.empty_like(active)
 
 
 @torch.library.register_fake("eightfold::paged_store_")

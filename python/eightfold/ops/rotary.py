@@ -20,6 +20,18 @@ class NormRotary(NamedTuple):
     rstd: Tensor | None  # float32 [batch * tokens * heads]
 
 
+def rotary_tables(frequency: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * frequency, float32 [batch, tokens, 1, dim / 2].
+
+    Args:
+        frequency: float32 [dim / 2], contiguous: the angle between neighbouring tokens, in radians.
+        positions: int32 or int64 [batch, tokens].
+
+    Raises RuntimeError for other dtypes, shapes, layouts or devices.
+    """
+    return _ops.rotary_tables(frequency, positions.to(torch.int64).contiguous())
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, inverse: bool = False) -> Tensor:
     """Each head's halves (x1, x2) become (x1 cos - x2 sin, x2 cos + x1 sin), in float32, rounded once.
 
@@ -119,6 +131,12 @@ class _Rotary(torch.autograd.Function):
         cos, sin = ctx.saved_tensors
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         return _Rotary.apply(grad, cos, sin, not ctx.inverse), None, None, None
+
+
+@torch.library.register_fake("eightfold::rotary_tables")
+def _(frequency, positions):
+    shape = *positions.shape, 1, frequency.shape[0]
+    return frequency.new_empty(shape), frequency.new_empty(shape)
 
 
 @torch.library.register_fake("eightfold::rotary")

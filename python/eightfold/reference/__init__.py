@@ -9,6 +9,7 @@ from eightfold.reference.attention import (
     attention_backward,
     paged_attention,
     paged_attention_quantize,
+    paged_next_rows_,
     paged_store_,
 )
 from eightfold.reference.block_attention import block_attention
@@ -52,6 +53,7 @@ from eightfold.reference.rotary import (
     rms_norm_rotary_backward,
     rotary,
     rotary_backward_quantize,
+    rotary_tables,
 )
 from eightfold.reference.sampling import sample
 
@@ -85,6 +87,7 @@ __all__ = [
     "lm_head_confidence",
     "paged_attention",
     "paged_attention_quantize",
+    "paged_next_rows_",
     "paged_store_",
     "quantize",
     "quantize_beside",
@@ -100,6 +103,7 @@ __all__ = [
     "rope_cache_write",
     "rotary",
     "rotary_backward_quantize",
+    "rotary_tables",
     "sample",
     "swiglu",
     "swiglu_backward_quantize",

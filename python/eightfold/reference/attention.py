@@ -148,6 +148,18 @@ def paged_attention_quantize(
     return quantize(paged_attention(q, *cache, longest, scale, causal, block).flatten(1), [1, 128])
 
 
+def paged_next_rows_(
+    positions: Tensor, tokens: Tensor, active: Tensor, pages: Tensor, page_size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The newest tokens (0 for one below 0), their positions, their slots (-1 in a page below 0) and the numbers of
+    keys up to them (0 where not active); then positions go on by one where active."""
+    at = positions.clone()
+    own = pages.gather(1, at[:, None] // page_size)[:, 0].long()
+    slots = torch.where(own < 0, -1, own * page_size + at % page_size)
+    positions += active
+    return tokens.clamp(min=0), at, slots, ((at + 1) * active).int()
+
+
 def paged_store_(
     k: Tensor,
     v: Tensor,

@@ -7,6 +7,13 @@ from eightfold.reference.norm import rms_norm, rms_norm_backward
 from eightfold.reference.quant import quantize_beside
 
 
+def rotary_tables(frequency: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of ``positions`` [batch, tokens], rounded to float32, times ``frequency`` [dim / 2], float32
+    [batch, tokens, 1, dim / 2]."""
+    angle = positions[..., None, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool = False) -> Tensor:
     """Rotates the halves of each head of ``x`` [batch, tokens, heads, dim] by the angles of ``cos`` and ``sin``.
 
