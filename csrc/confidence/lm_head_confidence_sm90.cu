@@ -13,9 +13,9 @@ static_assert(kTileN == kConfidencePlainTile);
 template <bool kDrawn>
 void launch_plain(const GemmArgs& product, const ConfidenceRows& rows, cudaStream_t stream) {
   const ConfidenceEpilogue<kDrawn> epilogue{rows};
-  if (product.m <= 64) return launch_gemm<Config<1, 1>>(product, epilogue, stream);
-  if (product.m <= 128) return launch_gemm<Config<2, 1>>(product, epilogue, stream);
-  launch_gemm<Config<2, 2>>(product, epilogue, stream);
+  if (product.m <= 64) return launch_gemm<Config<1, 1>>(false, product, epilogue, stream);
+  if (product.m <= 128) return launch_gemm<Config<2, 1>>(false, product, epilogue, stream);
+  launch_gemm<Config<2, 2>>(false, product, epilogue, stream);
 }
 
 // --- a block for a row: thread t has tiles t, t + kThreads, ..., then threads are folded as a tree ---

@@ -58,6 +58,12 @@ EF_HD float log2_poly(float x) {
 EF_HD float log2_poly_normal(float x) { return log2_of_bits(float_bits(x), 0.0f); }
 
 // log2(1 - u) for 0 < u < 1 with all the bits of a small u.
-EF_HD float log2_one_minus(float u) { return u < 0.25f ? log2_slope(-u) * -u : log2_of_bits(float_bits(1.0f - u), 0.0f); }
+EF_HD float log2_one_minus(float u) {
+  const uint32_t bits = float_bits(1.0f - u);
+  const int32_t exponent = static_cast<int32_t>(bits - 0x3F3504F3u) >> 23;
+  const bool small = u < 0.25f;  // the exponent is 0 there too
+  const float f = small ? -u : bits_float(bits - (static_cast<uint32_t>(exponent) << 23)) - 1.0f;
+  return std::fma(log2_slope(f), f, static_cast<float>(exponent));
+}
 
 }  // namespace eightfold

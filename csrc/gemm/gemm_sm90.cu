@@ -62,9 +62,9 @@ void gemm_sm90(const GemmArgs& op, void* stream) {
     return;
   }
   const Rows rows{op.out, op.ldo, static_cast<int32_t>(op.m), op.out_type == DType::bf16};
-  if (op.m <= 64) return launch_gemm<Config<1, 1>>(op, rows, s);
-  if (op.m <= 512) return launch_gemm<Config<2, 1>>(op, rows, s);
-  launch_gemm<Config<2, 2>>(op, rows, s);
+  if (op.m <= 64) return launch_gemm<Config<1, 1>>(true, op, rows, s);
+  if (op.m <= 512) return launch_gemm<Config<2, 1>>(true, op, rows, s);
+  launch_gemm<Config<2, 2>>(true, op, rows, s);
 }
 
 }  // namespace eightfold

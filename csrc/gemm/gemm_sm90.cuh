@@ -13,8 +13,8 @@
 #include <algorithm>
 
 #include "core/barrier.cuh"
+#include "core/dependent_launch.cuh"
 #include "core/device.h"
-#include "core/launch.cuh"
 #include "core/tensor_map.h"
 #include "core/tma.cuh"
 #include "core/wgmma.cuh"
@@ -114,6 +114,8 @@ __global__ void __launch_bounds__(C::kThreads, 1)
     tma_prefetch_map(&b);
   }
   __syncthreads();
+  let_next_kernel_start();
+  wait_for_earlier_kernels();
   if (!epilogue.wanted(0, tiles.m, threadIdx.x % 32)) return;  // the same for all threads
   const int32_t group = static_cast<int32_t>(warp_uniform(threadIdx.x / 128));
   if (group == C::kGroups) {
@@ -136,9 +138,9 @@ CUtensorMap operand_map(const void* data, int64_t rows, int64_t k, int64_t ld, i
                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B});
 }
 
-// The operands, sizes and strides of `op`; its result is the epilogue's.
+// The operands, sizes and strides of `op`; its result is the epilogue's. early: all that `wanted` reads was there before the kernel ahead.
 template <class C, class Epilogue>
-void launch_gemm(const GemmArgs& op, const Epilogue& epilogue, cudaStream_t stream) {
+void launch_gemm(bool early, const GemmArgs& op, const Epilogue& epilogue, cudaStream_t stream) {
   constexpr auto kernel = gemm_kernel<C, Epilogue>;
   const int device = current_device();
   allow_shared_memory<kernel>(C::kBytes, device, "gemm: reserving shared memory (this kernel needs a Hopper GPU)");
@@ -146,9 +148,8 @@ void launch_gemm(const GemmArgs& op, const Epilogue& epilogue, cudaStream_t stre
   const Tiles tiles{static_cast<int32_t>(op.m), static_cast<int32_t>(op.n), static_cast<int32_t>((op.k + kStepK - 1) / kStepK),
                     static_cast<int32_t>(tiles_m), static_cast<int32_t>(count)};
   const int grid = static_cast<int>(std::min<int64_t>(count, multiprocessors(device)));
-  kernel<<<grid, C::kThreads, C::kBytes, stream>>>(operand_map(op.a, op.m, op.k, op.lda, C::kTileM),
-                                                   operand_map(op.b, op.n, op.k, op.ldb, kTileN), tiles, epilogue);
-  check_launch("gemm_kernel");
+  launch_kernel(early, "gemm_kernel", kernel, grid, C::kThreads, C::kBytes, stream, operand_map(op.a, op.m, op.k, op.lda, C::kTileM),
+                operand_map(op.b, op.n, op.k, op.ldb, kTileN), tiles, epilogue);
 }
 
 }  // namespace

@@ -82,8 +82,9 @@ template <class G, bool kVector, uint32_t kBlocks>
 __global__ void __launch_bounds__(kThreads, kVector ? 2 : 1) cross_entropy_kernel(const CrossEntropy op) {
   __shared__ Running of_warp[kWarps];
   __shared__ Running of_thread[kBlocks == 1 ? 1 : kThreads];
+  begin_rows(op.rows);
   const uint32_t rank = blockIdx.x % kBlocks, cols = static_cast<uint32_t>(op.cols);
-  const int64_t row = blockIdx.x / kBlocks, label = op.labels[row];
+  const int64_t row = blockIdx.x / kBlocks, label = __ldcg(op.labels + row);
   const float* logits = op.logits + row * op.ld;
   G* grad = static_cast<G*>(op.grad) + row * op.cols;
   const uint32_t first = rank * kStep + threadIdx.x * 8;
@@ -148,7 +149,7 @@ template <class G, bool kVector>
 void launch(const CrossEntropy& op, cudaStream_t stream) {
   const char* name = "cross_entropy_kernel";
   if (op.rows <= kSharedRows && op.cols > kStep) {
-    launch_clusters(false, kParts, name, cross_entropy_kernel<G, kVector, kParts>, op.rows * kParts, kThreads, 0, stream, op);
+    launch_clusters(true, kParts, name, cross_entropy_kernel<G, kVector, kParts>, op.rows * kParts, kThreads, 0, stream, op);
   } else {
     launch_kernel(false, name, cross_entropy_kernel<G, kVector, 1>, op.rows, kThreads, 0, stream, op);
   }

@@ -24,6 +24,7 @@ struct Shared {
   unsigned long long of_block[2];  // taken in turns, so that one is read while the other is written
   unsigned long long above, at;    // of the digit that was found
   uint32_t digit;
+  uint32_t score;  // order_key of the block's largest score after a turn
 };
 
 // The kBlocks blocks of a cluster that share a row, and this thread's place in them.
@@ -105,6 +106,24 @@ __device__ __forceinline__ void each_logit(const T&, const float* row, uint32_t 
   }
 }
 
+// The same with a few loads under way at once, for the pass that finds the row in the L2 cache.
+template <bool kVector, class T, class Body>
+__device__ __forceinline__ void each_far_logit(const T& team, const float* row, uint32_t n, const Body& body) {
+  if constexpr (!kVector) return each_logit<kVector>(team, row, n, body);
+  constexpr int kLoads = 5;  // a team's row of 160,000 in one go
+  for (uint32_t begin = T::first_logit(); begin < n; begin += kLoads * T::kStep) {
+    float4 x[kLoads];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (begin + i * T::kStep < n) x[i] = *reinterpret_cast<const float4*>(row + begin + i * T::kStep);
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i) {
+      const uint32_t v = begin + i * T::kStep;
+      if (v < n) body(v, x[i].x), body(v + 1, x[i].y), body(v + 2, x[i].z), body(v + 3, x[i].w);
+    }
+  }
+}
+
 // The largest digit such that the bins from it on, with `above`, reach `target`. A thread scans two bins, the first thread the largest.
 template <class T>
 __device__ void find_digit(const T& team, unsigned long long above, unsigned long long target) {
@@ -181,19 +200,27 @@ __device__ void narrow(const T& team, SampleCut& cut, const float* row, uint32_t
   cut.key = found.key, cut.last = last;
 }
 
+// At least sample_score, for less: with z leading zeros in the word, -log2(1 - u) >= u / ln 2 >= 2^(-z - 1) / ln 2.
+__device__ __forceinline__ float score_bound(float log2_probability, uint32_t word) {
+  return log2_probability + (static_cast<float>(__clz(static_cast<int>(word))) + 0.5f);
+}
+
 template <bool kVector, int kBlocks>
 __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const Sample op) {
   __shared__ Shared shared;
   Team<kBlocks> team{shared};
+  begin_rows(op.rows);
   const int64_t r = blockIdx.x / kBlocks;
   const uint32_t n = static_cast<uint32_t>(op.vocabulary);
   const float* row = op.logits + r * op.ld;
   const float temperature = op.temperatures[r], top_p = op.top_p[r];
   const int32_t top_k = op.top_k[r];
+  const uint64_t seed = static_cast<uint64_t>(op.seeds[r]), position = static_cast<uint64_t>(op.positions[r]);
 
+  if (threadIdx.x == 0) shared.score = 0;
   bool nan = false;
   uint64_t best = 0;
-  each_logit<kVector>(team, row, n, [&](uint32_t v, float x) {
+  each_far_logit<kVector>(team, row, n, [&](uint32_t v, float x) {
     nan |= x != x;
     best = max(best, ranked(x, v));
   });
@@ -220,26 +247,45 @@ __global__ void __launch_bounds__(kThreads, 1) sample_kernel(const Sample op) {
     }
 
     // A thread's four logits are a block of random words.
-    const PhiloxKeys keys(static_cast<uint64_t>(op.seeds[r]));
-    const uint64_t position = static_cast<uint64_t>(op.positions[r]);
-    best = 0;
-    for (uint32_t first = team.first_logit(); first < n; first += team.kStep) {
-      float x[4];
-      bool kept = false;
+    const PhiloxKeys keys(seed);
+    const bool all = cut.key == 0;
+    float score = -INFINITY;  // the largest so far, of the lowest index, which rises
+    uint32_t index = kAll;
+    float least = -INFINITY;  // what can win has at least this score
+#pragma unroll 1
+    for (uint32_t base = 0; base < n; base += team.kStep) {
+      const uint32_t first = base + team.first_logit();
+      alignas(16) float x[4];
+      uint32_t kept = 0;  // a bit a logit
+      if (first < n) {
+        if constexpr (kVector) *reinterpret_cast<float4*>(x) = *reinterpret_cast<const float4*>(row + first);
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        x[j] = kVector || first + j < n ? row[first + j] : 0.0f;
-        kept |= (kVector || first + j < n) && cut.keeps(order_key(x[j]), first + j);
+        for (uint32_t j = 0; j < 4; ++j) {
+          if constexpr (!kVector) x[j] = first + j < n ? row[first + j] : 0.0f;
+          kept |= (kVector || first + j < n) && (all || cut.keeps(order_key(x[j]), first + j)) ? 1u << j : 0;
+        }
       }
-      if (!kept) continue;
-      const PhiloxWords words = philox4x32(first / 4, 0, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), keys);
+      if (kept != 0) {
+        PhiloxWords words = philox4x32(first / 4, 0, static_cast<uint32_t>(position), static_cast<uint32_t>(position >> 32), keys);
+#pragma unroll 1  // a row is so few turns of these loops that bringing their instructions would take longer than what they do
+        for (uint32_t v = first; kept != 0; ++v, kept >>= 1) {
+          const float log2 = log2_of(x[0]);
+          if (kept & 1 && score_bound(log2, words.w[0]) >= least) {
+            const float mine = sample_score(log2, words.w[0]);
+            if (mine > score || index == kAll) score = mine, index = v;
+          }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if ((kVector || first + j < n) && cut.keeps(order_key(x[j]), first + j))
-          best = max(best, ranked(sample_score(log2_of(x[j]), words.w[j]), first + j));
+          for (int j = 0; j < 3; ++j) x[j] = x[j + 1], words.w[j] = words.w[j + 1];
+        }
+      }
+      if (base == 0 && n > team.kStep) {  // few of what follows can still win
+        const uint32_t key = __reduce_max_sync(kAll, index == kAll ? 0 : order_key(score));
+        if (threadIdx.x % 32 == 0) atomicMax(&shared.score, key);
+        __syncthreads();
+        if (shared.score != 0) least = of_order_key(shared.score);
       }
     }
-    best = team.largest(best);
+    best = team.largest(index == kAll ? 0 : ranked(score, index));
   }
   if (threadIdx.x == 0 && team.rank() == 0) op.tokens[r] = index_of(best);
   team.leave();
@@ -249,9 +295,9 @@ template <bool kVector>
 void launch(const Sample& op, cudaStream_t stream) {
   const char* name = "sample_kernel";
   if (op.rows <= kSharedRows && op.vocabulary > kThreads * 4)
-    launch_clusters(false, kTeam, name, sample_kernel<kVector, kTeam>, op.rows * kTeam, kThreads, 0, stream, op);
+    launch_clusters(true, kTeam, name, sample_kernel<kVector, kTeam>, op.rows * kTeam, kThreads, 0, stream, op);
   else
-    launch_kernel(false, name, sample_kernel<kVector, 1>, op.rows, kThreads, 0, stream, op);
+    launch_kernel(true, name, sample_kernel<kVector, 1>, op.rows, kThreads, 0, stream, op);
 }
 
 }  // namespace
