@@ -23,7 +23,7 @@
 
 namespace eightfold {
 
-constexpr int kAttentionTile = 128, kAttentionChunk = 512;
+constexpr int kAttentionTile = 128, kAttentionChunk = 256;
 
 // Who sees what: blocks of so many tokens, each of which sees the keys of its own block and of those before. 1 is the causal mask.
 constexpr int64_t kNoMask = 0, kCausal = 1, kMostBlock = 1 << 30;

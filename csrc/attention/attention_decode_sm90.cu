@@ -381,7 +381,7 @@ int64_t most_blocks() { return int64_t{2} * multiprocessors(current_device()); }
 // Whether units have whole sequences: where many queries make units enough, and where sequences do whose lengths, of a few chunks at most,
 // cannot differ by much. Then there are no parts, and a step of decoding has a kernel less in each layer.
 bool whole_sequences(const PagedAttention& op) {
-  constexpr int64_t kFewChunks = 4;
+  constexpr int64_t kFewChunks = 2048 / kAttentionChunk;
   return !few_queries(op) || (most_chunks(op) <= kFewChunks && 10 * op.sequences * op.kv_heads >= 9 * most_blocks());
 }
 

@@ -7,7 +7,7 @@ from attention_cases import DTYPES, MASKS, Cache, packed, skip_what_cuda_lacks, 
 from eightfold.ops import attention
 
 ops = torch.ops.eightfold
-LENGTHS = [1, 2, 15, 16, 17, 127, 128, 129, 300, 512, 513, 700]
+LENGTHS = [1, 2, 15, 16, 17, 127, 128, 129, 256, 257, 512, 700]
 SHAPES = [(7, 1, 64), (6, 2, 128), (4, 4, 96), (2, 1, 24)]
 
 
