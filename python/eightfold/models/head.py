@@ -38,7 +38,8 @@ def _fp8_logits(hidden: torch.Tensor, codes: Codes) -> torch.Tensor:
 
 
 def _add_product(total: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
-    """a @ b of two operands in fp32, or None: added to `total`, if there is one, rounded once to its dtype."""
+    """a @ b of two operands in fp32, or None: added to `total`, if there is one, rounded to its dtype. cuBLAS rounds a
+    product before it adds it to bf16, as torch's own sums of gradients do."""
     if total is None:
         return _matmul(a, b)
     if a.dtype == total.dtype:
