@@ -25,19 +25,28 @@ _CUDA_CHANNELS = 8  # kernels take multiples of as many
 _CUDA_MOST_WIDTH = 8192  # of modulated norms
 
 
+def _rounded(op, like: Tensor, *inputs: Tensor) -> Tensor:
+    """op of inputs, rounded to the dtype of `like`, in the same pass but where it is compiled: what comes out of a
+    function by `out`, or by a `to` that does nothing, has gradients of zero there with torch 2.11."""
+    if not torch.compiler.is_compiling():
+        return op(*inputs, out=torch.empty_like(like))
+    made = op(*inputs)
+    return made if made.dtype == like.dtype else made.to(like.dtype)
+
+
 class _GatedResidual(torch.autograd.Function):
     """x + gate * branch in one pass; saves branch and gate, where torch's composition saves a float32 copy."""
 
     @staticmethod
     def forward(ctx, x, branch, gate):
         ctx.save_for_backward(branch, gate)
-        return torch.addcmul(x, gate[:, None], branch, out=torch.empty_like(x))
+        return _rounded(torch.addcmul, x, x, gate[:, None], branch)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         branch, gate = ctx.saved_tensors
-        dbranch = torch.mul(dy, gate[:, None], out=torch.empty_like(branch))
+        dbranch = _rounded(torch.mul, branch, dy, gate[:, None])
         return dy, dbranch, (dy.float() * branch).sum(dim=1)
 
 
