@@ -5,6 +5,7 @@ FAMILIES = (
     "norm",
     "modulate",
     "conv",
+    "pixels",
     "activation",
     "rotary",
     "attention",

@@ -1,6 +1,7 @@
-// depthwise_glu, depthwise_glu_quantize, depthwise_glu_backward: checks, allocation, dispatch.
+// depthwise_glu, depthwise_glu_quantize, depthwise_glu_backward, bias_silu, rms_norm_add: checks, allocation, dispatch.
 #include "bindings/casts.h"
 #include "conv/depthwise_glu.h"
+#include "conv/pixels.h"
 
 namespace eightfold::bindings {
 namespace {
@@ -119,20 +120,97 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_glu_backward(const Tensor& dy, cons
   return {std::move(dx), std::move(dweight), std::move(dbias)};
 }
 
+// Pixels [..., channels] as they lie beside each other.
+struct Pixels {
+  int64_t rows, cols;
+};
+
+Pixels pixels_of(const Tensor& x, int64_t most, const char* op) {
+  EF_CHECK(x.dim() >= 1, op, ": x must have at least 1 dimension, got shape ", shape_of(x));
+  check_dtype(x, {ScalarType::BFloat16, ScalarType::Float}, op, "x");
+  check_contiguous(x, op, "x");
+  const int64_t cols = x.size(x.dim() - 1);
+  if (x.is_cuda()) {
+    EF_CHECK(cols % 8 == 0 && cols <= most, op, ": x must have a multiple of 8 channels up to ", most, " on CUDA, got shape ", shape_of(x));
+    check_aligned(x, 16, op, "x");
+  }
+  return {cols == 0 ? 0 : x.numel() / cols, cols};
+}
+
+PixelVector vector_of(const Tensor& t, const Tensor& x, int64_t cols, std::initializer_list<ScalarType> types, const char* op,
+                      const char* argument) {
+  check_same_device(t, x, op, argument);
+  check_dtype(t, types, op, argument);
+  check_shape(t, {cols}, op, argument);
+  check_contiguous(t, op, argument);
+  if (t.is_cuda()) check_aligned(t, 16, op, argument);
+  return {t.data_ptr(), dtype_of(t, op, argument)};
+}
+
+Tensor bias_silu(const Tensor& x, const Tensor& bias) {
+  const char* op = "bias_silu";
+  const Pixels pixels = pixels_of(x, std::numeric_limits<int64_t>::max(), op);
+  Tensor y = empty(x.sizes(), x.scalar_type(), x);
+  const BiasSilu args{x.data_ptr(),
+                      dtype_of(x, op, "x"),
+                      pixels.rows,
+                      pixels.cols,
+                      vector_of(bias, x, pixels.cols, {ScalarType::BFloat16, ScalarType::Float}, op, "bias"),
+                      y.data_ptr()};
+  if (x.is_cpu()) bias_silu_cpu(args);
+#if EIGHTFOLD_WITH_CUDA
+  if (x.is_cuda()) {
+    OnDeviceOf device(x);
+    bias_silu_sm90(args, current_stream(x));
+  }
+#endif
+  return y;
+}
+
+Tensor rms_norm_add(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& residual, double eps) {
+  const char* op = "rms_norm_add";
+  const Pixels pixels = pixels_of(x, kMaxNormCols, op);
+  check_same_device(residual, x, op, "residual");
+  check_dtype(residual, {x.scalar_type()}, op, "residual");
+  EF_CHECK(shape_of(residual) == shape_of(x), op, ": residual must have shape ", shape_of(x), ", got ", shape_of(residual));
+  check_contiguous(residual, op, "residual");
+  if (x.is_cuda()) check_aligned(residual, 16, op, "residual");
+  EF_CHECK(eps >= 0, op, ": eps must not be negative, got ", eps);
+  Tensor y = empty(x.sizes(), x.scalar_type(), x);
+  const RmsNormAdd args{x.data_ptr(),
+                        residual.data_ptr(),
+                        dtype_of(x, op, "x"),
+                        pixels.rows,
+                        pixels.cols,
+                        vector_of(weight, x, pixels.cols, {ScalarType::BFloat16, ScalarType::Float}, op, "weight"),
+                        vector_of(bias, x, pixels.cols, {weight.scalar_type()}, op, "bias"),
+                        static_cast<float>(eps),
+                        y.data_ptr()};
+  if (x.is_cpu()) rms_norm_add_cpu(args);
+#if EIGHTFOLD_WITH_CUDA
+  if (x.is_cuda()) {
+    OnDeviceOf device(x);
+    rms_norm_add_sm90(args, current_stream(x));
+  }
+#endif
+  return y;
+}
+
+template <class Library>
+void register_all(Library& m) {
+  m.impl("depthwise_glu", EF_BOX(&depthwise_glu));
+  m.impl("depthwise_glu_quantize", EF_BOX(&depthwise_glu_quantize));
+  m.impl("depthwise_glu_backward", EF_BOX(&depthwise_glu_backward));
+  m.impl("bias_silu", EF_BOX(&bias_silu));
+  m.impl("rms_norm_add", EF_BOX(&rms_norm_add));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) {
-  m.impl("depthwise_glu", EF_BOX(&depthwise_glu));
-  m.impl("depthwise_glu_quantize", EF_BOX(&depthwise_glu_quantize));
-  m.impl("depthwise_glu_backward", EF_BOX(&depthwise_glu_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CPU, m) { register_all(m); }
 
 #if EIGHTFOLD_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) {
-  m.impl("depthwise_glu", EF_BOX(&depthwise_glu));
-  m.impl("depthwise_glu_quantize", EF_BOX(&depthwise_glu_quantize));
-  m.impl("depthwise_glu_backward", EF_BOX(&depthwise_glu_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(eightfold, CUDA, m) { register_all(m); }
 #endif
 
 }  // namespace eightfold::bindings

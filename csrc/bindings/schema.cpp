@@ -57,6 +57,8 @@ STABLE_TORCH_LIBRARY(eightfold, m) {
   m.def("depthwise_glu(Tensor x, Tensor weight, Tensor bias) -> Tensor");
   m.def("depthwise_glu_quantize(Tensor x, Tensor weight, Tensor bias) -> (Tensor codes, Tensor scales)");
   m.def("depthwise_glu_backward(Tensor dy, Tensor x, Tensor weight, Tensor bias) -> (Tensor dx, Tensor dweight, Tensor dbias)");
+  m.def("bias_silu(Tensor x, Tensor bias) -> Tensor");
+  m.def("rms_norm_add(Tensor x, Tensor weight, Tensor bias, Tensor residual, float eps=1e-05) -> Tensor");
 
   // rotary position embedding
   m.def("rotary_tables(Tensor frequency, Tensor positions) -> (Tensor cos, Tensor sin)");

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from eightfold.models import pixel_ops
 from eightfold.models import sana_compute as compute_module
 from eightfold.models.sana import Sana
 from eightfold.models.sana_compute import Pending, SanaCompute, gated_residual
@@ -225,6 +226,7 @@ def test_compositions_are_the_kernels(monkeypatch, pending):
     wanted, grads = run(block, *given, pending=pending), gradients(block, given)
     for name in ("norm_kernel_takes", "attention_kernel_takes", "glu_kernel_takes"):
         monkeypatch.setattr(compute_module, name, lambda x: False)
+    monkeypatch.setattr(pixel_ops, "glu_kernel_takes", lambda x: False)
     names = ran(lambda: run(block, *given, pending=pending))
     assert [name for name in names if "::" not in name] == ["attention"]  # of the text, torch's: none of ours
     for out, want in zip(run(block, *given, pending=pending), wanted, strict=True):

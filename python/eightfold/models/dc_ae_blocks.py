@@ -14,6 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from eightfold.models.pixel_ops import attention_kernel_takes, bias_silu, depthwise_glu, rms_norm_add
+from eightfold.ops import linear_attention
+
 NORM_EPS = 1e-5
 ATTENTION_EPS = 1e-15
 _ACTIVATIONS = {"silu": F.silu, "swish": F.silu, "relu": F.relu, "gelu": F.gelu, "mish": F.mish}
@@ -51,8 +54,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         x = pixels(x)
-        out = channels(F.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS).add_(self.bias))
-        return out if residual is None else out.add_(residual)
+        if residual is None:
+            return channels(F.rms_norm(x, x.shape[-1:], self.weight, NORM_EPS).add_(self.bias))
+        return channels(rms_norm_add(x, self, pixels(residual), NORM_EPS))
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -73,8 +77,10 @@ def relu_attention(qkv: Tensor, head_dim: int) -> Tensor:
     Computed in fp32; a query whose weights are all 0 gives 0. Linear in N, but for N <= head_dim, where the weights
     are fewer than the sums over the keys. (arXiv 2205.14756, section 3.1.)
     """
-    heads = qkv.float().unflatten(-1, (-1, 3, head_dim))
-    q, k, v = heads.permute(3, 0, 2, 1, 4)  # each [B, heads, N, head_dim]
+    heads = qkv.unflatten(-1, (-1, 3, head_dim))
+    if qkv.shape[1] > head_dim and attention_kernel_takes(heads):
+        return linear_attention(*heads.unbind(3), eps=ATTENTION_EPS).flatten(2)
+    q, k, v = heads.float().permute(3, 0, 2, 1, 4)  # each [B, heads, N, head_dim]
     q, k = F.relu(q), F.relu(k)
     if qkv.shape[1] > head_dim:
         out = (q @ (k.mT @ v)) / (q @ k.sum(dim=2).unsqueeze(-1) + ATTENTION_EPS)
@@ -120,12 +126,6 @@ class MultiscaleAttention(nn.Module):
         return self.norm_out(channels(mixed), residual=x)
 
 
-def gated_depthwise(x: Tensor, conv: nn.Conv2d) -> Tensor:
-    """a * silu(gate), [B, H, W, hidden], of a, gate = depthwise 3x3 of silu(x), x [B, H, W, 2 * hidden]."""
-    value, gate = pixels(conv(channels(F.silu(x)))).chunk(2, dim=-1)
-    return value * F.silu(gate)
-
-
 class GLUMBConv(nn.Module):
     """x + norm(1x1 of the gated depthwise 3x3 of a 1x1 to 2 * 4 C channels)."""
 
@@ -139,7 +139,7 @@ class GLUMBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = F.linear(pixels(x), self.conv_inverted.weight.flatten(1), self.conv_inverted.bias)
-        narrow = F.linear(gated_depthwise(wide, self.conv_depth), self.conv_point.weight.flatten(1))
+        narrow = F.linear(depthwise_glu(wide, self.conv_depth), self.conv_point.weight.flatten(1))
         return self.norm(channels(narrow), residual=x)
 
 
@@ -164,7 +164,14 @@ class ResBlock(nn.Module):
         self.norm = NORMS[norm](width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv2(self.activation(self.conv1(x))), residual=x)
+        if (
+            self.activation.name == "silu"
+        ):  # the bias in its pass: a convolution of cuDNN would add it in one of its own
+            wide = F.conv2d(x, self.conv1.weight, padding=1)
+            wide = channels(bias_silu(pixels(wide), self.conv1.bias))
+        else:
+            wide = self.activation(self.conv1(x))
+        return self.norm(self.conv2(wide), residual=x)
 
 
 # ---- Changes of resolution ----

@@ -17,11 +17,16 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eightfold import ops, reference
+from eightfold.models.pixel_ops import (
+    CUDA_CHANNELS,
+    attention_kernel_takes,
+    depthwise_glu,
+    depthwise_parameters,
+    glu_kernel_takes,
+)
 from eightfold.models.precision import KeptWeights, Precision, strategy
 from eightfold.nn import functional as fused
 
-_ATTENTION_DIMS = (32, 64, 128)
-_CUDA_CHANNELS = 8  # kernels take multiples of as many
 _CUDA_MOST_WIDTH = 8192  # of modulated norms
 
 
@@ -72,32 +77,7 @@ def modulated_norm(
 def norm_kernel_takes(stream: Tensor) -> bool:
     """Whether `ops.layer_norm_modulate` takes a stream [..., width]."""
     width = stream.shape[-1]
-    return stream.device.type == "cpu" or (width % _CUDA_CHANNELS == 0 and width <= _CUDA_MOST_WIDTH)
-
-
-def attention_kernel_takes(heads: Tensor) -> bool:
-    """Whether `ops.linear_attention` takes heads [..., dim]."""
-    return heads.shape[-1] in _ATTENTION_DIMS and (heads.dtype == torch.bfloat16 or heads.device.type == "cpu")
-
-
-def depthwise_glu(x: Tensor, layer: nn.Conv2d) -> Tensor:
-    """`ops.depthwise_glu` of x [B, H, W, 2h] with the layer's weight and bias."""
-    if glu_kernel_takes(x):
-        return ops.depthwise_glu(x, *depthwise_parameters(layer))
-    wide = F.silu(x.float()).permute(0, 3, 1, 2)  # a view: channels stay last in memory
-    value, gate = F.conv2d(wide, layer.weight.float(), layer.bias.float(), padding=1, groups=x.shape[-1]).chunk(2, 1)
-    return (value * F.silu(gate)).permute(0, 2, 3, 1).to(x.dtype).contiguous()
-
-
-def glu_kernel_takes(x: Tensor) -> bool:
-    """Whether `ops.depthwise_glu` takes x [..., 2h]."""
-    return x.device.type == "cpu" or (x.dtype == torch.bfloat16 and x.shape[-1] % (2 * _CUDA_CHANNELS) == 0)
-
-
-def depthwise_parameters(layer: nn.Conv2d) -> tuple[Tensor, Tensor]:
-    """Weight and bias in a dtype that `ops.depthwise_glu` reads."""
-    read = torch.float32, torch.bfloat16
-    return tuple(each if each.dtype in read else each.float() for each in (layer.weight, layer.bias))
+    return stream.device.type == "cpu" or (width % CUDA_CHANNELS == 0 and width <= _CUDA_MOST_WIDTH)
 
 
 def text_attention(q: Tensor, keys: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:

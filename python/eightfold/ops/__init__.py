@@ -31,6 +31,7 @@ from eightfold.ops.norm import (
     rms_norm_quantize,
 )
 from eightfold.ops.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
+from eightfold.ops.pixels import bias_silu, rms_norm_add
 from eightfold.ops.quant import (
     QuantizedTensor,
     quantize,
@@ -59,6 +60,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantize",
     "attention",
+    "bias_silu",
     "block_attention",
     "build_info",
     "came8bit_",
@@ -93,6 +95,7 @@ __all__ = [
     "quantize_stacked",
     "requantize",
     "rms_norm",
+    "rms_norm_add",
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",

@@ -38,6 +38,7 @@ from eightfold.reference.norm import (
     rms_norm_quantize,
 )
 from eightfold.reference.optim import adamw_dre_, came8bit_, dre_dequantize, dre_quantize
+from eightfold.reference.pixels import bias_silu, rms_norm_add
 from eightfold.reference.quant import (
     dequantize,
     quantize,
@@ -63,6 +64,7 @@ __all__ = [
     "add_rms_norm_quantize",
     "attention",
     "attention_backward",
+    "bias_silu",
     "block_attention",
     "came8bit_",
     "cross_entropy",
@@ -95,6 +97,7 @@ __all__ = [
     "quantize_stacked",
     "requantize",
     "rms_norm",
+    "rms_norm_add",
     "rms_norm_backward",
     "rms_norm_columns",
     "rms_norm_quantize",
