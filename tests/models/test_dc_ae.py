@@ -6,7 +6,7 @@ from torch import nn
 from dc_ae_models import CONFIGS, RESNET, SMALL, assert_close, random_model, random_peer
 from eightfold.models import DCAE, SANA_F32C32, Tiling
 from eightfold.models.dc_ae import INDEX_LIMIT, largest_tensor
-from eightfold.models.dc_ae_blocks import relu_attention
+from eightfold.models.dc_ae_blocks import Upsample, relu_attention
 from eightfold.models.dc_ae_loading import build_dc_ae
 from eightfold.models.dc_ae_names import diffusers_layout
 from eightfold.models.tiles import spans
@@ -97,6 +97,25 @@ def test_relu_attention(tokens):
         torch.testing.assert_close(out[..., 8 * head : 8 * (head + 1)].double(), expected, rtol=1e-4, atol=1e-6)
     assert not out[:, 0, :8].any()
     assert torch.equal(relu_attention(qkv.bfloat16(), 8), relu_attention(qkv.bfloat16().float(), 8).bfloat16())
+
+
+# ---- Upsampling ----
+
+
+@pytest.mark.parametrize(("width", "shortcut"), [(6, True), (12, True), (48, True), (6, False)])
+@pytest.mark.parametrize("size", [(1, 1), (1, 4), (3, 5)])
+def test_upsampling_by_phases(size, width, shortcut, device):
+    """Without a gradient windows of 2 x 2 take the place of a 3x3 over twice the pixels."""
+    layer = Upsample(12, width, "interpolate", shortcut).to(device)
+    x = torch.randn(2, 12, *size, device=device).to(memory_format=torch.channels_last)
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        want = layer(x)
+        with torch.no_grad():
+            out = layer(x)
+    assert want.requires_grad
+    assert out.shape == (2, width, 2 * size[0], 2 * size[1])
+    assert out.stride() == want.stride()
+    torch.testing.assert_close(out, want.detach(), rtol=1e-5, atol=1e-5)
 
 
 # ---- Memory layout and tiles ----
