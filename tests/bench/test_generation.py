@@ -22,7 +22,7 @@ def test_decode(bench, tmp_path):
     lines = [record["line"] for record in records(tmp_path / "cpu" / "decode.jsonl") if "line" in record]
     assert [line["op"] for line in lines] == ["decode fp8", "decode all fp8", "decode bf16"]
     assert [line["error"] for line in lines][:2] == [0, 0]
-    assert 0 < lines[2]["error"] < 0.5
+    assert lines[2]["error"] < 0.5
     assert set(lines[2]["peers_us"]) == {"torch bf16 compiled"}
 
 
