@@ -6,6 +6,8 @@ values; of a refresh its products. Random weights are never sure, so whole answe
 block, about three tokens a forward.
 """
 
+from itertools import product
+
 import torch
 
 from eightfold.generate.diffusion_lm import DiffusionGenerator
@@ -42,8 +44,9 @@ def run(bench: Bench) -> None:
         for mode, decoder in modes.items():
             _passes(bench, f"{name}, {prompt} + {canvas}", mode, decoder, prompt, canvas)
         for mode, decoder in modes.items():
-            for batch in (1, 8) if cuda else (1,):
-                _answers(bench, f"{name} {batch} x ({prompt} + {answer})", mode, decoder, batch, prompt, answer)
+            for every, batch in product((1, 4, answer // BLOCK), (1, 8) if cuda else (1,)):
+                shape = f"{name} {batch} x ({prompt} + {answer}), refresh every {every}"
+                _answers(bench, shape, mode, decoder, batch, prompt, answer, every)
         del model, modes, decoder
 
 
@@ -79,8 +82,10 @@ def _sound(step: DiffusionStep) -> float:
     return float(masks == BLOCK or masks != left[0] or not all(token >= 0 for token in tokens))
 
 
-def _answers(bench: Bench, shape: str, mode: str, decoder: Decoder, batch: int, prompt: int, canvas: int) -> None:
-    options = DiffusionOptions(canvas=canvas, block_length=BLOCK, steps=PASSES, batch=batch, stop_ids=frozenset())
+def _answers(bench, shape: str, mode: str, decoder: Decoder, batch: int, prompt: int, canvas: int, every: int) -> None:
+    options = DiffusionOptions(
+        canvas=canvas, block_length=BLOCK, refresh_every=every, steps=PASSES, batch=batch, stop_ids=frozenset()
+    )
     engine = DiffusionGenerator(decoder, None, options)
     prompts = torch.randint(decoder.config.mask_token_id, (batch, prompt)).tolist()
     for _ in range(2):  # the first call captures

@@ -28,6 +28,7 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", default=["bf16", "fp8"], choices=("fp32", "bf16", "fp8"))
     parser.add_argument("--caches", nargs="+", default=["none", "prefix", "dual"], choices=("none", "prefix", "dual"))
     parser.add_argument("--thresholds", nargs="+", type=float, default=[0.5, 0.6, 0.7, 0.8, 0.9, 1.0])
+    parser.add_argument("--refresh-every", nargs="+", type=int, default=[1], help="of the dual cache, in blocks")
     parser.add_argument("--canvas", type=int, default=64)
     parser.add_argument("--block", type=int, default=32)
     parser.add_argument("--batch", type=int, default=1, help="prompts decoded at once")
@@ -40,8 +41,9 @@ def main() -> None:
     rows = []
     for precision in options.precisions:
         model, tokenizer = load_decoder(ModelConfig(path=options.model).resolved(), precision, device=device)
-        for cache, threshold in product(options.caches, options.thresholds):
-            settings = {"cache": cache, "threshold": threshold, "canvas": options.canvas}
+        caches = [(c, n) for c in options.caches for n in (options.refresh_every if c == "dual" else [1])]
+        for (cache, every), threshold in product(caches, options.thresholds):
+            settings = {"cache": cache, "refresh_every": every, "threshold": threshold, "canvas": options.canvas}
             engine = DiffusionGenerator(
                 model.eval(), tokenizer, DiffusionOptions(**settings, block_length=options.block, batch=options.batch)
             )
@@ -49,12 +51,17 @@ def main() -> None:
                 found = score(engine, problems)
             rows.append({"precision": precision, **settings, **dataclasses.asdict(found)})
             print(
-                f"{precision} {cache:6s} {threshold:.2f}: {100 * found.accuracy:5.1f} % of {found.problems}, "
-                f"{found.tokens_per_forward:.2f} tokens per forward, {found.tokens_per_second:,.0f} tokens/s",
+                f"{precision} {label(cache, every):9s} {threshold:.2f}: "
+                f"{100 * found.accuracy:5.1f} % of {len(problems)}, {found.tokens_per_forward:.2f} tokens per forward, "
+                f"{found.tokens_per_second:,.0f} tokens/s",
                 flush=True,
             )
             (options.output / "scores.json").write_text(json.dumps(rows, indent=1) + "\n")
     plot(rows, options.output / "scores.png")
+
+
+def label(cache: str, every: int) -> str:
+    return cache if every == 1 else f"{cache} / {every}"
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -67,7 +74,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
     lines: dict[tuple[str, str], list[dict]] = {}
     for row in rows:
-        lines.setdefault((row["precision"], row["cache"]), []).append(row)
+        lines.setdefault((row["precision"], label(row["cache"], row["refresh_every"])), []).append(row)
     styles, colours = {}, {}
     for (precision, cache), points in lines.items():
         style = styles.setdefault(precision, ("-", "--", ":")[len(styles)])

@@ -13,7 +13,8 @@ from eightfold.train.image.command import add_sana_parts
 
 USER_ERROR, INTERRUPTED = 2, 130
 # Flags of generate that not all of its modes take.
-_TEXT, _DIFFUSION = ("max_tokens", "top_k", "top_p"), ("canvas", "block", "cache", "threshold", "factor", "steps")
+_TEXT = ("max_tokens", "top_k", "top_p")
+_DIFFUSION = ("canvas", "block", "cache", "refresh_every", "threshold", "factor", "steps")
 _OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=.*", re.DOTALL)
 
 
@@ -339,6 +340,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--canvas", type=int, help="tokens of the canvas (default: 256)")
     generate.add_argument("--block", type=int, help="tokens of a block (default: 32, or the model's)")
     generate.add_argument("--cache", choices=("none", "prefix", "dual"), help="keys and values kept (default: dual)")
+    generate.add_argument("--refresh-every", type=int, help="blocks between passes over the whole text (default: 1)")
     generate.add_argument("--threshold", type=float, help="uncover what is at least as probable (default: 0.9)")
     generate.add_argument("--factor", type=float, help="instead: uncover the more, the surer the model is of all")
     generate.add_argument("--steps", type=int, help="instead: uncover a block in so many passes; of images (20)")

@@ -64,7 +64,7 @@ def test_diffusion(bench, tmp_path):
     modes = ("bf16", "fp8", "all fp8")
     assert lines == [f"diffusion {op} {mode}" for mode in modes for op in ("refresh", "step")]
     runs = [record["step"]["runs"] for record in found if "step" in record]
-    assert [list(run) for run in runs] == [[mode] for mode in modes]
+    assert [list(run) for run in runs] == [[mode] for mode in modes for _ in range(3)]
     for run in runs:
         (figures,) = run.values()
         assert figures["forwards"] == 2 * 11

@@ -74,6 +74,16 @@ def test_gives_what_the_plain_loop_gives(kind, cache, rule, compat):
         assert engine.meters.wasted == 0
 
 
+@pytest.mark.parametrize("every", [2, 3, 9])
+@pytest.mark.parametrize("rule", RULES, ids=name_of)
+@pytest.mark.parametrize("kind", ["llada", "dream"])
+def test_refreshes_now_and_then_as_the_plain_loop_does(kind, rule, every):
+    engine = DiffusionGenerator(MODELS[kind], None, options(kind, refresh_every=every, **rule))
+    texts = [prompt(1), prompt(13)]
+    found = [(result.canvas, result.forwards) for result in engine.generate(texts)]
+    assert found == [plain(kind, text, refresh_every=every, **rule)[:2] for text in texts]
+
+
 def test_confidences_are_spread():
     """Else the rules would not be told apart."""
     _, forwards, loop = plain("llada", prompt(13), threshold=0.4)
@@ -105,12 +115,12 @@ def test_the_caches_agree_where_nothing_has_changed(kind):
             torch.testing.assert_close(hidden, found["none"][0], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("cache", ["none", "prefix", "dual"])
+@pytest.mark.parametrize(("cache", "every"), [("none", 1), ("prefix", 1), ("dual", 1), ("dual", 3)])
 @pytest.mark.parametrize("kind", ["llada", "dream"])
-def test_a_prompt_knows_nothing_of_those_beside_it(kind, cache):
+def test_a_prompt_knows_nothing_of_those_beside_it(kind, cache, every):
     texts = [prompt(n) for n in (1, 30, 7, 16, 3)]
     stops = {"llada": {4, 9, 33, 60}, "dream": {20, 40}}[kind]
-    warm = {"cache": cache, "temperature": 0.7, "threshold": 0.5, "stop_ids": frozenset(stops)}
+    warm = {"cache": cache, "refresh_every": every, "temperature": 0.7, "threshold": 0.5, "stop_ids": frozenset(stops)}
     together = DiffusionGenerator(MODELS[kind], None, options(kind, batch=3, **warm))
     seeds = [11, 5, 3, 5, 8]
     results = together.generate(texts, seeds)
@@ -118,7 +128,9 @@ def test_a_prompt_knows_nothing_of_those_beside_it(kind, cache):
     assert results == [alone.generate([text], [seed])[0] for text, seed in zip(texts, seeds, strict=True)]
     assert {result.finish for result in results} == {"eos", "length"}
     for text, seed, result in zip(texts, seeds, results, strict=True):
-        canvas, forwards, _ = plain(kind, text, cache, temperature=0.7, seed=seed, threshold=0.5, stops=stops)
+        canvas, forwards, _ = plain(
+            kind, text, cache, temperature=0.7, seed=seed, threshold=0.5, stops=stops, refresh_every=every
+        )
         assert (result.canvas, result.forwards) == (canvas, forwards)
     assert together.generate(texts, [7] * 5) != results
 
@@ -200,7 +212,9 @@ def test_more_rows_behind_a_block_than_block_attention_takes():
         assert (result.canvas, result.forwards) == plain("llada", prompt(n), "prefix", 24, 72, steps=3)[:2]
 
 
-@pytest.mark.parametrize("settings", [{}, {"fp8_cache": True}, {"fp8_head": True}, {"cache": "prefix"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"fp8_cache": True}, {"fp8_head": True}, {"cache": "prefix"}, {"refresh_every": 2}], ids=str
+)
 @pytest.mark.parametrize("precision", ["bf16", "fp8"])
 def test_low_precisions(device, precision, settings):
     """All is uncovered, the same each time; and, on CUDA, whether passes are replayed or not."""

@@ -36,6 +36,8 @@ def options(**settings):
         ({"canvas": 0}, "canvas: expected 1 or more, got 0"),
         ({"steps": 0}, "steps: expected 1 or more, got 0"),
         ({"batch": 0}, "batch: expected 1 or more, got 0"),
+        ({"refresh_every": 0}, "refresh_every: expected 1 or more, got 0"),
+        ({"refresh_every": 2, "cache": "prefix"}, "refresh_every: expected 1 with cache='prefix', got 2"),
     ],
 )
 def test_options_are_checked(settings, message):
@@ -54,6 +56,8 @@ def test_options_are_checked(settings, message):
         ({"steps": 9}, "steps: expected 1 to 8, the tokens that they uncover, got 9"),
         ({"stop_ids": frozenset({56})}, "stop_ids: expected 0 to 55, got 56"),
         ({"forbidden": (-1,)}, "forbidden: expected 0 to 55, got -1"),
+        ({"refresh_every": 2, "compat": True}, "compat: expected refresh_every 1, got 2"),
+        ({"refresh_every": 2, "attention_block": 8}, "refresh_every: a block-causal model's cache is exact"),
     ],
 )
 def test_options_that_do_not_fit_the_model(settings, message):

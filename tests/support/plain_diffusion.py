@@ -66,6 +66,7 @@ class PlainLoop:
     def __init__(self, decoder, mask, *, shifted=False, compat=False, threshold=None, factor=None, steps=None, **rest):
         self.decoder, self.mask, self.shifted, self.compat = decoder, mask, shifted, compat
         self.threshold, self.factor, self.steps = threshold, factor, steps
+        self.every = rest.pop("refresh_every", 1)
         self.temperature, self.seed = rest.pop("temperature", 0.0), rest.pop("seed", 0)
         self.stops, self.forbidden = rest.pop("stops", ()), rest.pop("forbidden", [mask])
         assert not rest
@@ -120,22 +121,27 @@ class PlainLoop:
     def run(self, prompt, canvas, block, cache):
         self.model = PlainModel(self.decoder)
         self.x, self.prompt = [*prompt, *[self.mask] * canvas], len(prompt)
-        for begin in range(len(prompt), len(self.x), block):
+        for number, begin in enumerate(range(len(prompt), len(self.x), block)):
             self.enter(begin, begin + block)
+            self.stale = number % self.every
             self.block(begin, begin + block, cache)
             if self.ended:
                 break
         return self.x[len(prompt) :], self.forwards
 
     def block(self, begin, end, cache):
-        kept = self.model.empty()
-        hidden = self.model.run(self.x, 0, kept)
         self.forwards += 1
-        before = hidden[begin - 1 : begin]
+        if self.stale:
+            kept, place = self.kept, 2 * begin - end
+            hidden = self.model.run(self.x[place:end], place, kept)
+        else:
+            kept, place = self.model.empty(), 0
+            hidden = self.model.run(self.x, 0, kept)
+        self.kept, before = kept, hidden[begin - 1 - place : begin - place]
         if self.shifted and self.compat:
             self.x[begin] = self.predict(before, [begin])[0][0]
         else:
-            self.uncover(self.rows(hidden, 0, begin, end, before), begin, end)
+            self.uncover(self.rows(hidden, place, begin, end, before), begin, end)
         owed = self.compat and cache != "none"
         while owed or (self.masks(begin, end) and not self.ended):
             owed = False

@@ -16,7 +16,7 @@ from eightfold.models.loading import load_decoder
 _MASK = "░"
 _STYLES = {"mask": "dim", "new": "bold green", "old": ""}
 _OPTIONS = {"canvas": "canvas", "block": "block_length", "cache": "cache", "threshold": "threshold", "factor": "factor"}
-_OPTIONS |= {"steps": "steps", "temperature": "temperature"}
+_OPTIONS |= {"refresh_every": "refresh_every", "steps": "steps", "temperature": "temperature"}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -157,7 +157,10 @@ class _Batch:
             return
         step = self._step
         step.enter(block + inside, block)
-        step.refresh()
+        if block // self._plan.block % self._plan.options.refresh_every:
+            step.advance()
+        else:
+            step.refresh()
         flying, steps = step.seen(self._on_pass is not None), 0
         window = self._plan.window
         masks = [min(window, max(0, row.first + behind - len(row.prompt))) for row in self._rows]

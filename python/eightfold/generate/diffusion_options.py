@@ -22,6 +22,8 @@ class DiffusionOptions:
     cache: "none" computes the whole sequence in every pass; "prefix" that once a block, and then the block and what is
         behind it; "dual" once a block, and then the block alone. A block-causal model knows what is before the block:
         "prefix" computes the block in every pass, "dual" that once for each `sub_block` of it, and then those alone.
+    refresh_every: blocks from one pass over the whole sequence to the next, with cache "dual"; Fast-dLLM has 1. A block
+        between two of them begins with a pass over itself and the block before, whose last tokens no pass has seen.
     threshold, factor, steps: one of them says which masks of the block a pass uncovers; the most confident one always
         is. threshold: all of a confidence (the token's probability) of at least this, 0 < threshold <= 1; 0.9 if none
         of the three is given. factor: the n most confident, n the largest for which each m-th of them has
@@ -42,6 +44,7 @@ class DiffusionOptions:
     canvas: int = 256
     block_length: int | None = None
     cache: Cache = "dual"
+    refresh_every: int = 1
     threshold: float | None = None
     factor: float | None = None
     steps: int | None = None
@@ -61,12 +64,14 @@ class DiffusionOptions:
     compat: bool = False
 
     def __post_init__(self):
-        for name in ("canvas", "block_length", "steps", "sub_block", "batch"):
+        for name in ("canvas", "block_length", "refresh_every", "steps", "sub_block", "batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {value}")
         if self.cache not in ("none", "prefix", "dual"):
             raise ValueError(f"cache: expected none, prefix or dual, got {self.cache!r}")
+        if self.refresh_every > 1 and self.cache != "dual":
+            raise ValueError(f"refresh_every: expected 1 with cache={self.cache!r}, got {self.refresh_every}")
         rules = {name: getattr(self, name) for name in ("threshold", "factor", "steps")}
         given = {name: value for name, value in rules.items() if value is not None}
         if len(given) > 1:
@@ -93,6 +98,11 @@ class Plan:
     causal: bool  # block-causal
     stop_ids: tuple[int, ...]
     forbidden: tuple[int, ...]
+
+    @property
+    def keeps_keys(self) -> bool:
+        """A block may begin with keys that are older than it."""
+        return self.causal or self.options.refresh_every > 1
 
     @property
     def force_first(self) -> bool:
@@ -147,6 +157,8 @@ def make_plan(options: DiffusionOptions, config: DecoderConfig, stop_ids: Sequen
             "compat: of models with shifted logits only cache prefix and dual by threshold or factor, "
             f"got cache={options.cache!r}, steps={options.steps}"
         )
+    if options.compat and options.refresh_every > 1:
+        raise ValueError(f"compat: expected refresh_every 1, got {options.refresh_every}")
     stops = stop_ids if options.stop_ids is None else options.stop_ids
     if options.stop_ids is None and config.eos_token_id is not None:
         eos = config.eos_token_id
@@ -171,6 +183,10 @@ def _check_causal(options: DiffusionOptions, block: int, window: int, seen: int)
         )
     if options.compat:
         raise ValueError("compat: expected False for a block-causal model, got True")
+    if options.refresh_every > 1:
+        raise ValueError(
+            f"refresh_every: a block-causal model's cache is exact: expected 1, got {options.refresh_every}"
+        )
 
 
 @dataclass

@@ -45,7 +45,7 @@ class DiffusionStep(CanvasState):
         for target, source in enumerate(indices):
             if source != target:  # rising: nothing is written over that is still to be moved
                 self._before[target] = self._before[source]
-                if self.plan.causal:
+                if self.plan.keeps_keys:
                     self._cache.copy_page(source, target)
 
     def refresh(self) -> None:
@@ -57,6 +57,12 @@ class DiffusionStep(CanvasState):
         else:
             rows, longest = sum(self._whole), max(self._whole)
             self._ask(("whole", rows, longest), lambda n: self._pass_whole(n, rows, longest))
+
+    def advance(self) -> None:
+        """Uncovers tokens of the window after a pass over it and as many tokens before it; keys of all others stay what
+        they are."""
+        window = self.plan.window
+        self._ask(("advance",), lambda n: self._pass_rows(n, 2 * window, window, True))
 
     def step(self) -> None:
         """Uncovers tokens of the window, with keys of the last refresh as far as the options' cache goes."""
